@@ -1,0 +1,1 @@
+"""Runs small language models on whatever accelerator a machine has."""

@@ -1,0 +1,1 @@
+"""One adapter per runtime, each behind the protocols of phirt.protocols."""

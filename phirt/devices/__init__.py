@@ -1,0 +1,1 @@
+"""Names of devices, and what this machine has."""

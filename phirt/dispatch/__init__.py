@@ -1,0 +1,1 @@
+"""Which backend runs which model on which device."""
