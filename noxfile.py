@@ -1,0 +1,143 @@
+"""What CI runs, and a developer before a change: ``python -m nox``, or one session of it.
+
+Every session installs with pip in its own virtual environment, so that the index, links
+and proxies of the user's pip configuration hold here too. Nothing here is a shell script:
+the sessions run on Linux, macOS and Windows.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+# One model store for all sessions: the default model is fetched and converted once.
+STORE = ROOT / ".nox" / "phirt-home"
+PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+# A program that fails where torch or transformers can be imported.
+NO_TORCH = """
+import importlib.util
+found = [name for name in ("torch", "transformers") if importlib.util.find_spec(name)]
+raise SystemExit(f"the cpu extra pulled in {found}" if found else 0)
+"""
+
+nox.needs_version = ">=2025.5"
+nox.options.default_venv_backend = "virtualenv"
+nox.options.reuse_venv = "yes"
+nox.options.error_on_missing_interpreters = True
+nox.options.sessions = ["lint", "typing", "tests", "docs", "examples", "wheel"]
+
+
+def install(session: nox.Session, *groups: str, extra: str | None = None) -> None:
+    """Install the checkout (with an extra, if named) together with dependency groups.
+
+    The groups are read here and not by ``pip install --group``, which a pip of 2023 lacks.
+    """
+    project = ["-e", f".[{extra}]"] if extra else ["-e", "."]
+    session.install(*project, *nox.project.dependency_groups(PYPROJECT, *groups))
+
+
+def readme_main_job() -> list[str]:
+    """The ``phirt run ...`` part of README's first command, as arguments."""
+    for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines():
+        _, found, job = line.partition("&& phirt ")
+        if found:
+            return shlex.split(job)
+    message = "README.md has no line that ends in '&& phirt ...'"
+    raise ValueError(message)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff: lint rules and formatting."""
+    session.install(*nox.project.dependency_groups(PYPROJECT, "lint"))
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """Strict mypy, as seen from Linux, Windows and macOS."""
+    install(session, "typing")
+    for platform in ("linux", "win32", "darwin"):
+        session.run("mypy", "--platform", platform)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The test suite; arguments after ``--`` go to pytest."""
+    install(session, "test", extra="cpu")
+    session.run("pytest", *session.posargs, env={"PHIRT_HOME": str(STORE)})
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, with every warning and every dangling reference an error."""
+    install(session, "docs")
+    build = ["sphinx-build", "-W", "-n", "--keep-going", "-b", "html"]
+    session.run(*build, "docs", "docs/_build/html")
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Every example, as a user would run it."""
+    install(session, extra="cpu")
+    for example in sorted((ROOT / "examples").glob("*.py")):
+        session.run("python", str(example), env={"PHIRT_HOME": str(STORE)})
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The benchmarks, on demand; ``-- --quick`` runs each once without measuring it."""
+    install(session, "bench", extra="cpu")
+    arguments = ["--benchmark-disable" if arg == "--quick" else arg for arg in session.posargs]
+    session.run("pytest", "benchmarks", *arguments, env={"PHIRT_HOME": str(STORE)})
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build, install outside the checkout without torch, and do README's main job."""
+    session.install("build", "virtualenv")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        outside = Path(name)
+        session.run("python", "-m", "build", "--outdir", str(outside / "dist"))
+        (built,) = (outside / "dist").glob("*.whl")
+        check_contents(session, built)
+        run_main_job(session, built, outside)
+
+
+def check_contents(session: nox.Session, built: Path) -> None:
+    """Fail unless the wheel holds the whole package, its licence, and nothing else."""
+    with zipfile.ZipFile(built) as archive:
+        packed = {name for name in archive.namelist() if not name.endswith("/")}
+    package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "phirt").rglob("*.py")}
+    missing = (package | {"phirt/py.typed"}) - packed
+    metadata = {name for name in packed if name.split("/")[0].endswith(".dist-info")}
+    strange = {name for name in packed - metadata if not name.startswith("phirt/")}
+    if missing or strange or not any(name.endswith("/LICENSE") for name in metadata):
+        session.error(f"{built.name}: missing {sorted(missing)}, not wanted {sorted(strange)}")
+
+
+def run_main_job(session: nox.Session, built: Path, outside: Path) -> None:
+    """Install the wheel with its cpu extra in a bare environment and ask README's question."""
+    session.run("python", "-m", "virtualenv", "--quiet", str(outside / "venv"))
+    scripts = outside / "venv" / ("Scripts" if os.name == "nt" else "bin")
+    python = str(scripts / "python")
+    # The checkout must not be importable, nor a model be lying in a store.
+    env = {"PYTHONPATH": None, "PHIRT_HOME": str(outside / "home")}
+    with session.chdir(outside):
+        session.run(python, "-m", "pip", "install", "--quiet", f"{built}[cpu]", external=True)
+        session.run(python, "-c", NO_TORCH, external=True, env=env)
+        command = shutil.which("phirt", path=str(scripts))
+        if command is None:
+            session.error("the wheel installed no phirt command")
+        answer = session.run(command, *readme_main_job(), external=True, silent=True, env=env)
+    session.log(f"phirt answered: {answer}")
+    if "Paris" not in str(answer):
+        session.error("README's main job did not answer with Paris")
