@@ -1,0 +1,154 @@
+"""A GGUF file as a `Checkpoint`: Hugging Face's names, shapes and order of rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from phirt.build.checkpoint import DecoderConfig
+from phirt.build.gguf.config import ROPE_FACTORS, read_config
+from phirt.build.gguf.file import GgufFile
+from phirt.build.gguf.tensors import ENCODINGS, GgufTensor, rotary_row_order
+from phirt.errors import ModelFormatError, UnsupportedModelError
+
+__all__ = ["GgufCheckpoint"]
+
+
+class GgufCheckpoint:
+    """The weights of a GGUF file (a `Checkpoint`).
+
+    Everything but the tensors' bytes is read and checked at once: which tensors there are,
+    their shapes against the configuration, their encodings. Close it, or use it in a
+    ``with`` statement.
+
+    Args:
+        path: The file.
+
+    Attributes:
+        file: The open file, for what a checkpoint does not cover (tokenizer, chat template).
+        tokens: The vocabulary, as the file spells it.
+
+    Raises:
+        ModelNotFoundError: There is no such file.
+        ModelFormatError: The file contradicts itself or lacks something.
+        UnsupportedModelError: Its architecture, a feature or an encoding is not supported.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.file = GgufFile(path)
+        try:
+            self.tokens: list[str] = self.file.strings("tokenizer.ggml.tokens") or []
+            self._config = read_config(self.file, tokens=self.tokens)
+            self._tensors = _collect_tensors(self.file, self._config)
+        except BaseException:
+            self.file.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file. Calling it again does nothing."""
+        self.file.close()
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Shape and constants of the decoder."""
+        return self._config
+
+    def names(self) -> list[str]:
+        """Names of all tensors in Hugging Face's convention, embedding first."""
+        return list(self._tensors)
+
+    def tensor(self, name: str) -> GgufTensor:
+        """One tensor.
+
+        Raises:
+            ModelFormatError: The checkpoint has no tensor of that name.
+        """
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise ModelFormatError(f"{self.file.path.name} has no tensor {name!r}.") from None
+
+
+def _collect_tensors(file: GgufFile, config: DecoderConfig) -> dict[str, GgufTensor]:
+    """Find every tensor that the configuration calls for, and nothing else."""
+    left = dict(file.header.tensors)
+    left.pop(ROPE_FACTORS, None)  # part of the configuration
+    tensors: dict[str, GgufTensor] = {}
+    for gguf_name, (name, shape) in _expected(config).items():
+        info = left.pop(gguf_name, None)
+        if info is None:
+            raise ModelFormatError(
+                f"{file.path.name}: tensor {gguf_name!r} is missing. The file is not a whole "
+                f"{config.architecture} model; fetch it again or use another."
+            )
+        if info.shape != shape:
+            raise ModelFormatError(
+                f"{file.path.name}: tensor {gguf_name!r} has shape {info.shape}, and the "
+                f"metadata calls for {shape}. Use another file."
+            )
+        if info.encoding not in ENCODINGS:
+            raise UnsupportedModelError(
+                f"{file.path.name}: tensor {gguf_name!r} is stored as {info.encoding}; phirt "
+                f"reads {', '.join(ENCODINGS)}. Use a file of one of these."
+            )
+        heads = _rotating_heads(gguf_name, config)
+        order = rotary_row_order(heads=heads, head_size=config.head_size) if heads else None
+        tensors[name] = GgufTensor(file, info, name=name, row_order=order)
+    if left:
+        unknown = ", ".join(repr(name) for name in sorted(left)[:3])
+        raise UnsupportedModelError(
+            f"{file.path.name}: {len(left)} tensors are not part of a plain {config.architecture} "
+            f"decoder and would be ignored, such as {unknown}. phirt does not support this variant."
+        )
+    return tensors
+
+
+def _rotating_heads(gguf_name: str, config: DecoderConfig) -> int | None:
+    if gguf_name.endswith(".attn_q.weight"):
+        return config.num_heads
+    if gguf_name.endswith(".attn_k.weight"):
+        return config.num_kv_heads
+    return None
+
+
+def _expected(config: DecoderConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Hugging Face's name and the shape of every tensor, by llama.cpp's name."""
+    width = config.hidden_size
+    queries = config.num_heads * config.head_size
+    keys = config.num_kv_heads * config.head_size
+    layer = {
+        "attn_norm": ("input_layernorm", (width,)),
+        "attn_q": ("self_attn.q_proj", (queries, width)),
+        "attn_k": ("self_attn.k_proj", (keys, width)),
+        "attn_v": ("self_attn.v_proj", (keys, width)),
+        "attn_output": ("self_attn.o_proj", (width, queries)),
+        "ffn_norm": ("post_attention_layernorm", (width,)),
+        "ffn_gate": ("mlp.gate_proj", (config.intermediate_size, width)),
+        "ffn_up": ("mlp.up_proj", (config.intermediate_size, width)),
+        "ffn_down": ("mlp.down_proj", (width, config.intermediate_size)),
+    }
+    table: dict[str, tuple[str, tuple[int, ...]]] = {
+        "token_embd.weight": ("model.embed_tokens.weight", (config.vocab_size, width))
+    }
+    for index in range(config.num_layers):
+        for gguf_name, (name, shape) in layer.items():
+            table[f"blk.{index}.{gguf_name}.weight"] = (
+                f"model.layers.{index}.{name}.weight",
+                shape,
+            )
+    table["output_norm.weight"] = ("model.norm.weight", (width,))
+    if not config.tie_word_embeddings:
+        table["output.weight"] = ("lm_head.weight", (config.vocab_size, width))
+    return table
