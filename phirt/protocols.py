@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
-from phirt.types import Artifact, FloatArray, TopK
+from phirt.types import Artifact, FloatArray
 
 __all__ = [
     "Accept",
@@ -58,13 +58,11 @@ class Capabilities:
     Attributes:
         truncate: ``Session.truncate`` works, down to ``Session.floor``.
         verify: ``Session.verify`` works: logits of every position in one run.
-        topk: ``Logits.top`` works without moving the vocabulary to the host.
         interrupt: ``Session.interrupt`` ends a call that is running.
     """
 
     truncate: bool = False
     verify: bool = False
-    topk: bool = False
     interrupt: bool = False
 
 
@@ -89,12 +87,10 @@ class Logits(Protocol):
     def numpy(self) -> FloatArray:
         """The logits on the host, shape (n, vocab), float32.
 
-        The array may be a view of a buffer that the session's next call overwrites;
-        a caller that keeps it, or writes to it, copies it first.
+        The array is the caller's to write to, and may be a buffer that the session's next
+        call overwrites: the loop's processors work in place and copy nothing, and a caller
+        that keeps the values copies them first.
         """
-
-    def top(self, k: int) -> TopK:
-        """The k largest of the last position. Only with the capability ``topk``."""
 
 
 class Session(Protocol):

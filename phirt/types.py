@@ -20,7 +20,6 @@ __all__ = [
     "Progress",
     "ProgressCallback",
     "PromptLike",
-    "TopK",
 ]
 
 FloatArray: TypeAlias = NDArray[np.float32]
@@ -45,22 +44,6 @@ FinishReason: TypeAlias = Literal["stop", "stop_string", "length", "context", "c
 ``context``: the model's context is full; ``cancelled``: the caller closed the stream;
 ``error``: an exception ended it (what was produced so far is kept).
 """
-
-
-@dataclass(frozen=True, slots=True)
-class TopK:
-    """The k largest logits of one position, without the rest of the vocabulary.
-
-    Attributes:
-        ids: Token ids, by descending logit, shape (k,).
-        values: Their logits, shape (k,).
-        logsumexp: Log of the sum of exp over the *whole* vocabulary, so that
-            ``values - logsumexp`` are log-probabilities.
-    """
-
-    ids: IntArray
-    values: FloatArray
-    logsumexp: float
 
 
 @dataclass(frozen=True, slots=True)

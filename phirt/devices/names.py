@@ -1,0 +1,48 @@
+"""Device names: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``directml``, ``npu``, ``metal`` …."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+__all__ = ["DeviceName"]
+
+_SYNTAX = re.compile(r"([a-z][a-z0-9_-]*)(?::(\d{1,3}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceName:
+    """A device as users name it: a kind, and an index where a machine has several.
+
+    Attributes:
+        kind: ``"cpu"``, ``"cuda"``, or ``"auto"`` for "choose one".
+        index: Which of several, from 0, or None for "whichever".
+    """
+
+    kind: str
+    index: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> DeviceName:
+        """Read ``kind`` or ``kind:index``.
+
+        Only the form is judged: which kinds exist is for the backends to say, and a
+        plugin may add its own.
+
+        Raises:
+            TypeError: ``text`` is not a string.
+            ValueError: ``text`` is not of that form.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"device must be a string, not {type(text).__name__}")
+        match = _SYNTAX.fullmatch(text.strip().lower())
+        if match is None:
+            raise ValueError(
+                f"device={text!r} is not a device name. Use a name such as 'auto' or 'cpu', "
+                "with an index where a machine has several: 'cuda:1'."
+            )
+        kind, index = match.groups()
+        return cls(kind, None if index is None else int(index))
+
+    def __str__(self) -> str:
+        return self.kind if self.index is None else f"{self.kind}:{self.index}"

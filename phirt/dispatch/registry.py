@@ -1,0 +1,62 @@
+"""Backends by name. Nothing is imported until it is asked for.
+
+A package adds a backend through the entry-point group ``phirt.backends``::
+
+    [project.entry-points."phirt.backends"]
+    mine = "my_package.backend:MyBackend"
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from importlib.metadata import entry_points
+
+from phirt.errors import BackendBrokenError, UnknownBackendError
+from phirt.protocols import Backend
+
+__all__ = ["ENTRY_POINT_GROUP", "backend_names", "get_backend"]
+
+ENTRY_POINT_GROUP = "phirt.backends"
+
+# In order of preference under "auto".
+_BUILT_IN = {
+    "onnxruntime": "phirt.backends.onnxruntime:OnnxRuntimeBackend",
+}
+
+
+def backend_names() -> list[str]:
+    """Names of all registered backends, phirt's own first, in order of preference."""
+    return [*_BUILT_IN, *sorted(_plugins().keys() - _BUILT_IN.keys())]
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of that name. Its adapter is imported now, its runtime is not.
+
+    Raises:
+        UnknownBackendError: No backend of that name is registered.
+        BackendBrokenError: A plugin's adapter cannot be imported.
+    """
+    target = _BUILT_IN.get(name) or _plugins().get(name)
+    if target is None:
+        names = backend_names()
+        near = difflib.get_close_matches(name, names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UnknownBackendError(
+            f"backend={name!r} is not registered; registered are: {', '.join(names)}.{hint}"
+        )
+    module, _, attribute = target.partition(":")
+    try:
+        backend: Backend = getattr(importlib.import_module(module), attribute)()
+    # A plugin is somebody else's code; whatever it raises becomes one error that names it.
+    except Exception as error:
+        raise BackendBrokenError(
+            f"The adapter of backend {name!r} ({target}) cannot be imported: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return backend
+
+
+def _plugins() -> dict[str, str]:
+    # A plugin cannot take the name of a built-in backend: get_backend looks there first.
+    return {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}

@@ -1,0 +1,309 @@
+"""The decode loop: the one loop that every model on every backend runs through.
+
+It knows token ids and logits, and a session as `phirt.protocols` describes it. One
+`DecodeLoop` is one request: each `step` runs the model once, lets the processors have
+the logits, and chooses a token. Text, stop strings and streaming are built on top.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from phirt.errors import ContextLengthError, SessionClosedError
+from phirt.generation.history import TokenHistory
+from phirt.generation.params import GenerationParams
+from phirt.generation.params_resolved import GenerationDefaults, resolve
+from phirt.generation.processors import build_processors
+from phirt.generation.sampling import choose_token
+from phirt.generation.sampling_logprobs import log_softmax_at, logsumexp, top_logprobs
+from phirt.generation.sampling_random import RandomStream
+from phirt.generation.timings import Stopwatch, Timings, Usage
+from phirt.protocols import LoadedModel, Logits, Session
+from phirt.types import FinishReason, FloatArray
+
+__all__ = ["PREFILL_CHUNK", "DecodeLoop", "TokenStep", "split_prompt"]
+
+PREFILL_CHUNK = 512
+"""Most tokens of a prompt that one call of the model takes.
+
+It bounds the workspace of attention and the time until an interruption is seen.
+"""
+
+# Any prompt splits into parts of at most this many without leaving a part of one.
+_SMALLEST_CHUNK = 3
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStep:
+    """One generated token.
+
+    Attributes:
+        token_id: The token.
+        logprob: Its log-probability under the model's own logits, before any processor;
+            None unless asked for.
+        top_logprobs: The most likely tokens and their log-probabilities, most likely
+            first; None unless asked for.
+    """
+
+    token_id: int
+    logprob: float | None = None
+    top_logprobs: tuple[tuple[int, float], ...] | None = None
+
+
+class DecodeLoop:
+    """One request: prompt ids in, one token at a time out.
+
+    A loop is driven by one thread at a time; only `cancel` may be called from another.
+
+    Args:
+        model: The loaded model.
+        prompt_ids: At least one token id.
+        params: What the caller asked for; may be replaced between two steps.
+        defaults: What the model's own configuration says about sampling.
+        prefill_chunk: Most prompt tokens per call of the model.
+
+    Raises:
+        ValueError: The prompt is empty, an id is outside the vocabulary, or
+            ``prefill_chunk`` is below 3.
+        ContextLengthError: Prompt and ``max_new_tokens`` do not fit in the context.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        prompt_ids: Sequence[int],
+        params: GenerationParams,
+        *,
+        defaults: GenerationDefaults,
+        prefill_chunk: int = PREFILL_CHUNK,
+    ) -> None:
+        self._watch = Stopwatch()
+        if prefill_chunk < _SMALLEST_CHUNK:
+            raise ValueError(f"prefill_chunk={prefill_chunk} must be at least {_SMALLEST_CHUNK}")
+        self._model = model
+        self._defaults = defaults
+        self._prefill_chunk = prefill_chunk
+        if len(prompt_ids) == 0:
+            raise ValueError("The prompt is empty; it needs at least one token.")
+        self._history = TokenHistory(prompt_ids, vocab_size=model.info.vocab_size)
+        self._session: Session | None = None
+        self._session_limit = 0
+        self._last = -1
+        self._cancelled = threading.Event()
+        self._reason: FinishReason | None = None
+        self._random = RandomStream(params.seed)
+        self._use(params)
+
+    @property
+    def params(self) -> GenerationParams:
+        """What the next step generates with."""
+        return self._params
+
+    @params.setter
+    def params(self, params: GenerationParams) -> None:
+        old_seed = self._params.seed
+        self._use(params)
+        if params.seed != old_seed:
+            self._random = RandomStream(params.seed)
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the generation ended, or None while it goes on."""
+        return self._reason
+
+    @property
+    def seed(self) -> int:
+        """The seed of this request's random numbers, given or drawn."""
+        return self._random.seed
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return self._history.prompt_length
+
+    @property
+    def generated_ids(self) -> list[int]:
+        """The tokens generated so far."""
+        ids: list[int] = self._history.output_ids.tolist()
+        return ids
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts so far."""
+        return Usage(
+            prompt_tokens=self.prompt_length,
+            cached_tokens=0,
+            completion_tokens=self._history.output_length,
+        )
+
+    def timings(self, *, load_s: float) -> Timings:
+        """Times and rates so far."""
+        usage = self.usage
+        return self._watch.timings(
+            load_s=load_s,
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=usage.completion_tokens,
+        )
+
+    def step(self) -> TokenStep | None:
+        """Generate one token, or return None once the generation has ended.
+
+        Raises:
+            NonFiniteLogitsError: No token can be chosen from the logits.
+            Exception: Whatever the backend or a user's processor raised. The session is
+                freed first, and `finish_reason` is ``"error"``.
+        """
+        if self._reason is not None:
+            return None
+        if self._cancelled.is_set():
+            self.finish("cancelled")
+            return None
+        limit = self._resolved.max_new_tokens
+        if limit is not None and self._history.output_length >= limit:
+            # Only after the caller lowered the limit between two tokens.
+            self.finish("length")
+            return None
+        try:
+            step = self._choose(self._forward())
+        except SessionClosedError:
+            if not self._cancelled.is_set():
+                self.finish("error")
+                raise
+            self.finish("cancelled")
+            return None
+        except BaseException:
+            self.finish("error")
+            raise
+        self._watch.token()
+        self._end_if_done(step.token_id)
+        return step
+
+    def __iter__(self) -> Iterator[TokenStep]:
+        while (step := self.step()) is not None:
+            yield step
+
+    def cancel(self) -> None:
+        """End the generation at the next opportunity. Callable from any thread."""
+        self._cancelled.set()
+        session = self._session
+        if session is not None and self._model.capabilities.interrupt:
+            session.interrupt()
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the generation for a reason that the loop cannot see, and free the session.
+
+        The first reason stands, but for a stop string, which is seen only after the loop
+        has ended on the same token.
+        """
+        if self._reason is None or (reason == "stop_string" and self._reason != "error"):
+            self._reason = reason
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+    def _use(self, params: GenerationParams) -> None:
+        info = self._model.info
+        params.check_vocabulary(info.vocab_size)
+        resolved = resolve(params, self._defaults)
+        if resolved.max_new_tokens is not None:
+            required = self.prompt_length + resolved.max_new_tokens
+            _check_fits(required, self.prompt_length, info.context_length)
+        else:
+            _check_fits(self.prompt_length + 1, self.prompt_length, info.context_length)
+        eos = frozenset() if params.ignore_eos else info.eos_token_ids
+        self._stop_ids = eos.union(params.stop_token_ids)
+        self._processors = build_processors(resolved, stop_token_ids=self._stop_ids)
+        self._params, self._resolved = params, resolved
+
+    def _forward(self) -> Logits:
+        session = self._session
+        length = len(self._history)
+        if session is not None and length <= self._session_limit:
+            return session.decode(self._last)
+        # The first step, or one past what the session was made for: since the cache
+        # cannot be carried over, everything so far is the prompt of a new session.
+        if session is not None:
+            session.close()
+        return self._prefill(length)
+
+    def _prefill(self, length: int) -> Logits:
+        context = self._model.info.context_length
+        new_tokens = self._resolved.max_new_tokens
+        limit = context if new_tokens is None else self.prompt_length + new_tokens
+        room = limit if new_tokens is not None else min(limit, length + PREFILL_CHUNK)
+        session = self._model.new_session(max_length=limit, expected_length=room)
+        self._session, self._session_limit = session, limit
+        if self._cancelled.is_set():
+            # Cancelled while the session was being made: cancel() could not reach it.
+            raise SessionClosedError("The generation was cancelled.")
+        ids = self._history.token_ids.tolist()
+        first = length == self.prompt_length
+        if first:
+            self._watch.prefill_started()
+        logits: Logits | None = None
+        chunk = self._prefill_chunk if session.can_extend else length
+        start = 0
+        for size in split_prompt(length, chunk):
+            logits = session.prefill(ids[start : start + size])
+            start += size
+        if first:
+            self._watch.prefill_stopped()
+        assert logits is not None  # noqa: S101 - a prompt has at least one chunk
+        return logits
+
+    def _choose(self, logits: Logits) -> TokenStep:
+        row: FloatArray = logits.numpy()[-1]
+        wanted, history, sampling = self._params.logprobs, self._history, self._resolved.sampling
+        # The processors work in place, and log-probabilities are the model's own.
+        raw = row.copy() if wanted is not None and self._processors else row
+        for process in self._processors:
+            process(history, row)
+        # Position by position, so that a greedy stretch or changed params shift nothing.
+        number = 0.0 if sampling is None else self._random.uniform(history.output_length)
+        token_id = choose_token(row, sampling, number)
+        history.append(token_id)
+        self._last = token_id
+        return TokenStep(token_id) if wanted is None else _with_logprobs(token_id, raw, wanted)
+
+    def _end_if_done(self, token_id: int) -> None:
+        history = self._history
+        if token_id in self._stop_ids:
+            self.finish("stop")
+        elif self._cancelled.is_set():
+            self.finish("cancelled")
+        elif history.output_length == self._resolved.max_new_tokens:
+            self.finish("length")
+        elif len(history) >= self._model.info.context_length:
+            self.finish("context")
+
+
+def _with_logprobs(token_id: int, logits: FloatArray, count: int) -> TokenStep:
+    normalizer = logsumexp(logits)
+    logprob = float(log_softmax_at(logits, [token_id], normalizer=normalizer)[0])
+    ids, values = top_logprobs(logits, count, normalizer=normalizer)
+    return TokenStep(token_id, logprob, tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def split_prompt(length: int, chunk: int) -> list[int]:
+    """Sizes of the calls in which a prompt of ``length`` tokens is prefilled.
+
+    The sizes are as equal as they can be. None of them is 1 unless the prompt is one
+    token: runtimes take other kernels for one row, and a chunk of one would give other
+    logits than the same token inside a longer chunk.
+    """
+    count = -(-length // chunk)
+    base, longer = divmod(length, count)
+    return [base + (index < longer) for index in range(count)]
+
+
+def _check_fits(required: int, prompt: int, context: int) -> None:
+    if required > context:
+        raise ContextLengthError(
+            f"The prompt has {prompt} tokens and {required - prompt} more are asked for, "
+            f"{required} in all; the model's context is {context}. Shorten the prompt, or lower "
+            "max_new_tokens (None generates to the end of the context).",
+            required=required,
+            available=context,
+        )
