@@ -1,1 +1,57 @@
-"""The command line: one small file per command."""
+"""The command line: one small file per command.
+
+What a user gets back: 0 when it worked; 1 for a `PhirtError`, with its message; 2 for
+wrong usage, with one line that says what is wrong; 130 after Ctrl-C, and 141 when the
+reader of the output has gone, as shells count signals. The answer goes to stdout, all
+else to stderr.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from phirt.cli.arguments import UsageError, parse
+from phirt.cli.run import run
+from phirt.cli.terminal import is_broken_pipe, open_log, use_utf8
+from phirt.errors import PhirtError
+
+__all__ = ["main"]
+
+_FAILED, _WRONG_USAGE, _INTERRUPTED, _NO_READER = 1, 2, 130, 141
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The arguments, or None for those of the process.
+
+    Returns:
+        The exit status.
+    """
+    use_utf8()
+    arguments = parse(argv)
+    open_log(arguments.verbose)
+    try:
+        run(arguments)
+        sys.stdout.flush()
+    except UsageError as error:
+        return _fail(_WRONG_USAGE, f"{error} (phirt run --help lists the options)")
+    except PhirtError as error:
+        return _fail(_FAILED, str(error))
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except OSError as error:
+        if not is_broken_pipe(error):
+            raise
+        # What is still buffered has nowhere to go; Python would complain of it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _NO_READER
+    return 0
+
+
+def _fail(status: int, message: str) -> int:
+    print(f"phirt: {message}", file=sys.stderr)
+    return status

@@ -1,0 +1,38 @@
+"""Sphinx configuration: markdown sources, nitpicky, warnings as errors (see noxfile.py)."""
+
+import phirt
+
+project = "phirt"
+author = "The phirt authors"
+copyright = author
+version = release = phirt.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build", "precision.md"]  # precision.md is a table that models.md includes
+html_theme = "furo"
+html_title = f"phirt {version}"
+
+myst_enable_extensions = ["deflist"]
+myst_heading_anchors = 3
+
+nitpicky = True
+# Other projects' names: their indexes are on the network, and a build must not need it.
+nitpick_ignore_regex = [("py:.*", r"(collections|numpy|pathlib|types)\..*")]
+
+# Single backquotes in docstrings are code; they may name things that have no page.
+default_role = "code"
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+# The names that phirt gives to long types, in place of what they stand for.
+autodoc_type_aliases = {
+    name: f"phirt.types.{name}"
+    for name in (
+        "ChatMessage",
+        "FinishReason",
+        "FloatArray",
+        "IntArray",
+        "LogitsProcessor",
+        "ProgressCallback",
+        "PromptLike",
+    )
+}
