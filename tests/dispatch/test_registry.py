@@ -1,0 +1,56 @@
+import sys
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from phirt.dispatch import registry
+from phirt.errors import BackendBrokenError, UnknownBackendError
+
+
+@pytest.fixture
+def plugin(monkeypatch):
+    def install(name, value):
+        point = EntryPoint(name, value, registry.ENTRY_POINT_GROUP)
+        monkeypatch.setattr(registry, "entry_points", lambda *, group: [point])
+
+    return install
+
+
+def test_a_built_in_backend_by_name():
+    assert registry.get_backend("onnxruntime").name == "onnxruntime"
+
+
+def test_an_unknown_name_lists_the_known_and_suggests_the_nearest():
+    with pytest.raises(UnknownBackendError, match=r"registered are.*Did you mean 'onnxruntime'"):
+        registry.get_backend("onnxruntim")
+
+
+def test_an_unknown_backend_is_a_value_error_too():
+    with pytest.raises(ValueError, match="not registered"):
+        registry.get_backend("nothing like it")
+
+
+def test_a_plugin_comes_after_the_built_in(plugin):
+    plugin("mine", "tests.dispatch.test_select:FakeBackend")
+    assert registry.backend_names() == ["onnxruntime", "mine"]
+    assert registry.get_backend("mine").name == "fake"
+
+
+def test_a_plugin_cannot_replace_a_built_in_backend(plugin):
+    plugin("onnxruntime", "tests.dispatch.test_select:FakeBackend")
+    assert registry.backend_names() == ["onnxruntime"]
+    assert registry.get_backend("onnxruntime").name == "onnxruntime"
+
+
+@pytest.mark.parametrize("value", ["no.such.module:Thing", "phirt.errors:NoSuchClass"])
+def test_a_plugin_that_does_not_import_is_broken_and_named(plugin, value):
+    plugin("mine", value)
+    with pytest.raises(BackendBrokenError, match="'mine'") as caught:
+        registry.get_backend("mine")
+    assert caught.value.__cause__ is not None
+
+
+def test_asking_for_a_backend_imports_no_runtime():
+    before = set(sys.modules)
+    registry.get_backend("onnxruntime")
+    assert not {"onnxruntime", "torch"} & (set(sys.modules) - before)
