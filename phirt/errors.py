@@ -1,5 +1,7 @@
 """Every error that phirt raises on its own account.
 
+The tree, with a second base in parentheses where there is one::
+
     PhirtError
     ├── BackendError
     │   ├── UnknownBackendError (ValueError)
@@ -14,7 +16,8 @@
     │   ├── ModelNotFoundError (FileNotFoundError)
     │   ├── ModelFormatError
     │   ├── UnsafeModelError
-    │   └── UnsupportedModelError
+    │   ├── UnsupportedModelError
+    │   └── StoreError
     └── GenerationError
         ├── ContextLengthError
         ├── UnsupportedParameterError
@@ -45,6 +48,7 @@ __all__ = [
     "OutOfMemoryError",
     "PhirtError",
     "SessionClosedError",
+    "StoreError",
     "UnknownBackendError",
     "UnsafeModelError",
     "UnsupportedModelError",
@@ -110,6 +114,10 @@ class UnsafeModelError(ModelError):
 
 class UnsupportedModelError(ModelError):
     """The model is sound, but phirt does not support it; the message names what is missing."""
+
+
+class StoreError(ModelError):
+    """The store of models cannot be written: its disk is full, or it is not permitted."""
 
 
 class GenerationError(PhirtError):

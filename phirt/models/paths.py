@@ -69,7 +69,7 @@ def resolve_inside(folder: Path, name: str) -> Path:
         UnsafeModelError: The path is absolute, climbs, names a device or a stream, or leads
             through a link to somewhere else.
     """
-    for part in name.split("/"):
+    for part in name.removeprefix("./").split("/"):
         fault = plain_name_fault(part)
         if fault:
             raise UnsafeModelError(

@@ -195,11 +195,11 @@ class JsonFields:
             self._fail(path, f"must be an object, not {_show(value)}")
         return value
 
-    def value(self, path: str) -> Any:  # noqa: ANN401 - JSON of any type; the caller checks it
+    def value(self, path: str) -> Any:
         """Whatever is at ``path``, or None where it is absent."""
         return self._find(path)
 
-    def _find(self, path: str) -> Any:  # noqa: ANN401 - as `value`
+    def _find(self, path: str) -> Any:
         value: Any = self._data
         walked: list[str] = []
         for key in path.split("."):
@@ -211,7 +211,7 @@ class JsonFields:
             walked.append(key)
         return value
 
-    def _required(self, path: str) -> Any:  # noqa: ANN401 - as `value`
+    def _required(self, path: str) -> Any:
         value = self._find(path)
         if value is None:
             raise ModelFormatError(f"{self._source} lacks the field {path!r}.")

@@ -1,0 +1,223 @@
+"""The store: models that phirt fetched or converted, on this machine's disk.
+
+    ROOT/models/KEY/        one artifact: a model folder with its phirt.json
+    ROOT/sources/SHA256/    one file as it was fetched, and source.json about it
+    ROOT/locks/  ROOT/tmp/  housekeeping of `stage`
+
+ROOT is ``PHIRT_HOME``, or else the platform's folder for a user's data.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import platformdirs
+
+from phirt.errors import ModelError, StoreError, UnsafeModelError
+from phirt.models.manifest import read_manifest
+from phirt.models.paths import plain_name_fault
+from phirt.models.safe_json import JsonFields, read_json
+from phirt.models.staging import Fill, Find, stage
+
+__all__ = ["Store", "is_disk_full"]
+
+_SOURCE_RECORD = "source.json"
+# Lower case only: on Windows and macOS "A" and "a" are one folder.
+_KEY = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CHUNK = 1 << 20
+
+
+class Store:
+    """Models on disk, installed whole or not at all.
+
+    Any number of processes and threads may use one store. Installing the same key at the
+    same time is safe: one does the work, the others wait for it and find it done.
+
+    Args:
+        root: Where the store lies; ``PHIRT_HOME``, or else the platform's user data
+            folder, where not given.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        home = root or os.environ.get("PHIRT_HOME") or platformdirs.user_data_path("phirt", False)
+        self.root = Path(home).expanduser().absolute()
+
+    def find(self, key: str) -> Path | None:
+        """The installed artifact of that key, or None.
+
+        An artifact counts only if its phirt.json is there and every file has the size
+        that it lists.
+
+        Raises:
+            ValueError: The key is not a plain lower-case name.
+        """
+        path = self._model_path(key)
+        try:
+            manifest = read_manifest(path)
+            if manifest is None:
+                return None
+            manifest.check_files(path)
+        except (ModelError, OSError):
+            return None
+        return path
+
+    def install(self, key: str, fill: Fill, *, needed_bytes: int = 0) -> Path:
+        """Install an artifact, or return the one that is already there.
+
+        Args:
+            key: A plain lower-case name that says all that the artifact depends on.
+            fill: Called with an empty folder, writes the artifact into it, phirt.json
+                last (`write_manifest`). What it raises propagates; nothing is left then.
+            needed_bytes: Room that the artifact will take; checked before ``fill`` runs.
+
+        Raises:
+            StoreError: The disk is full, or the store cannot be written.
+            ValueError: The key is not a plain lower-case name.
+        """
+        target = self._model_path(key)
+        return self._stage(target, fill, find=lambda: self.find(key), needed_bytes=needed_bytes)
+
+    def find_source(self, sha256: str, filename: str, *, size: int) -> Path | None:
+        """The fetched file of that SHA-256, or None.
+
+        Its content was hashed when it was installed; now its size and time of
+        modification are compared, and it is hashed again only where the time differs.
+
+        Raises:
+            ValueError: The hash or the file name is not one.
+        """
+        path = self._source_path(sha256, filename)
+        try:
+            record = JsonFields(
+                read_json(path.parent / _SOURCE_RECORD), source=str(path.parent / _SOURCE_RECORD)
+            )
+            recorded = record.integer("mtime_ns", minimum=0, maximum=(1 << 63) - 1)
+            status = path.stat()
+            if status.st_size != size:
+                return None
+            if status.st_mtime_ns != recorded and _sha256_of(path) != sha256:
+                return None
+        except (ModelError, OSError):
+            return None
+        return path
+
+    def install_source(self, sha256: str, filename: str, fill: Fill, *, size: int) -> Path:
+        """Install a fetched file, or return the one that is already there.
+
+        Args:
+            sha256: What its content must hash to, in lower-case hex.
+            filename: Its plain name.
+            fill: Called with an empty folder, writes the file into it.
+            size: Its size in bytes.
+
+        Raises:
+            StoreError: The disk is full, or the store cannot be written.
+            UnsafeModelError: What ``fill`` wrote has another hash.
+            ValueError: The hash or the file name is not one.
+        """
+        target = self._source_path(sha256, filename)
+
+        def fill_and_record(folder: Path) -> None:
+            fill(folder)
+            file = folder / filename
+            found = _sha256_of(file)
+            if found != sha256:
+                raise UnsafeModelError(
+                    f"{filename} was fetched, but is not the file that was asked for: its "
+                    f"SHA-256 is {found}, not {sha256}. It was not installed."
+                )
+            record = {"file": filename, "size": size, "mtime_ns": file.stat().st_mtime_ns}
+            (folder / _SOURCE_RECORD).write_text(json.dumps(record), encoding="utf-8")
+
+        def find() -> Path | None:
+            return self.find_source(sha256, filename, size=size)
+
+        return self._stage(target.parent, fill_and_record, find=find, needed_bytes=size)
+
+    def _model_path(self, key: str) -> Path:
+        if not _KEY.fullmatch(key) or plain_name_fault(key):
+            raise ValueError(
+                f"{key!r} cannot name a model in the store: use lower-case letters, digits, "
+                "'.', '_' and '-', at most 100, beginning with a letter or digit."
+            )
+        return self.root / "models" / key
+
+    def _source_path(self, sha256: str, filename: str) -> Path:
+        if not _SHA256.fullmatch(sha256):
+            raise ValueError(f"{sha256!r} is not a SHA-256 in lower-case hex.")
+        fault = plain_name_fault(filename)
+        if fault or filename == _SOURCE_RECORD:
+            raise ValueError(f"{filename!r} cannot name a file in the store: {fault or 'taken'}.")
+        return self.root / "sources" / sha256 / filename
+
+    def _stage(self, target: Path, fill: Fill, *, find: Find, needed_bytes: int) -> Path:
+        found = find()
+        if found is not None:
+            return found
+
+        def fill_if_it_fits(folder: Path) -> None:
+            if shutil.disk_usage(folder).free < needed_bytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fill(folder)
+
+        with self._disk_errors(target.name, needed_bytes):
+            return stage(target, fill_if_it_fits, find=find, root=self.root)
+
+    @contextmanager
+    def _disk_errors(self, name: str, needed_bytes: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if is_disk_full(error):
+                needs = f"about {_megabytes(needed_bytes)}" if needed_bytes else "more"
+                raise StoreError(
+                    f"Installing {name} needs {needs} of disk space; {self.root} has "
+                    f"{_megabytes(_free_bytes(self.root))} free. Nothing was left behind. Free "
+                    "some space, or set PHIRT_HOME to a folder on another disk."
+                ) from error
+            if isinstance(error, OSError) and _is_within(error, self.root):
+                raise StoreError(
+                    f"The store at {self.root} cannot be written: {error}. Set PHIRT_HOME to a "
+                    "folder that you may write to."
+                ) from error
+            raise
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, says that a disk or quota is full."""
+    full = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in full:
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def _is_within(error: OSError, root: Path) -> bool:
+    names = [name for name in (error.filename, error.filename2) if isinstance(name, str | Path)]
+    return any(Path(name).is_relative_to(root) or root.is_relative_to(name) for name in names)
+
+
+def _free_bytes(path: Path) -> int:
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.0f} MB"
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
