@@ -1,6 +1,13 @@
 """Sphinx configuration: markdown sources, nitpicky, warnings as errors (see noxfile.py)."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 import phirt
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 project = "phirt"
 author = "The phirt authors"
@@ -36,3 +43,15 @@ autodoc_type_aliases = {
         "PromptLike",
     )
 }
+
+
+def keep_first_line(_app: Sphinx, what: str, *rest: Any) -> None:
+    """Shield "A prompt: text, or a chat." from napoleon, which takes "A prompt" for its type."""
+    if what in {"attribute", "data", "property"}:
+        lines: list[str] = rest[-1]
+        lines[:0] = ["..", ""]  # an empty comment
+
+
+def setup(app: Sphinx) -> None:
+    """Hook in before napoleon, whose priority is 500."""
+    app.connect("autodoc-process-docstring", keep_first_line, priority=400)

@@ -47,6 +47,7 @@ PUBLIC = [
     "PhirtError",
     "Progress",
     "SessionClosedError",
+    "StoreError",
     "Token",
     "TokenStream",
     "UnknownBackendError",
