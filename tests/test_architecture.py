@@ -28,11 +28,11 @@ LEVELS = [
     ["backends"],
     ["build"],
     ["dispatch"],
-    ["model"],  # and stream: one room in two files
+    ["model"],  # with stream and locate: one room in three files
     ["phirt"],  # phirt/__init__.py, the public names
     ["quality", "testing", "cli"],
 ]
-SAME_ROOM = {"stream": "model", "__main__": "cli"}
+SAME_ROOM = {"stream": "model", "locate": "model", "__main__": "cli"}
 
 # Beside the standard library: what any room may import, and the rooms of all the rest.
 LIGHT = {"filelock", "numpy", "platformdirs"}
