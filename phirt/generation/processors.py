@@ -95,7 +95,8 @@ def apply_repetition_penalty(history: TokenHistory, logits: FloatArray, *, penal
     ids = history.unique_ids()
     scores = logits[ids]
     negative = scores < 0
-    np.multiply(scores, penalty, out=scores, where=negative)
+    with np.errstate(over="ignore"):  # to -inf, which is what an endless penalty means
+        np.multiply(scores, penalty, out=scores, where=negative)
     np.divide(scores, penalty, out=scores, where=~negative)
     logits[ids] = scores
 

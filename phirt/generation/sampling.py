@@ -20,7 +20,7 @@ from phirt.generation.params_resolved import Sampling
 from phirt.generation.sampling_subsets import nucleus, top_ids
 from phirt.types import FloatArray, IntArray
 
-__all__ = ["Probabilities", "candidates", "choose", "greedy", "choose_token"]
+__all__ = ["Probabilities", "candidates", "choose", "choose_token", "greedy"]
 
 Probabilities: TypeAlias = NDArray[np.floating[Any]]
 """Probabilities that sum to 1: float64, or float32 where they are a whole vocabulary's."""
@@ -89,7 +89,7 @@ def candidates(logits: FloatArray, sampling: Sampling) -> tuple[IntArray, Probab
         weights = _weights(logits[ids], peak, temperature)
         if sampling.top_p < 1:
             kept = nucleus(weights, sampling.top_p * float(weights.sum()))
-            ids, weights = ids[kept], weights[kept]
+            ids, weights = ids.compress(kept), weights.compress(kept)
     elif sampling.top_p < 1:
         ids, weights = _whole_nucleus(logits, peak, temperature, sampling.top_p)
     elif sampling.min_p:
@@ -103,7 +103,7 @@ def candidates(logits: FloatArray, sampling: Sampling) -> tuple[IntArray, Probab
         return np.arange(logits.size), everything
     if sampling.min_p:
         likely = weights >= sampling.min_p
-        ids, weights = ids[likely], weights[likely]
+        ids, weights = ids.compress(likely), weights.compress(likely)
     return ids, weights / weights.sum()
 
 
@@ -166,14 +166,19 @@ def _whole_nucleus(
     logits: FloatArray, peak: float, temperature: float, top_p: float
 ) -> tuple[IntArray, NDArray[np.float64]]:
     """Ids and weights of the nucleus of a whole vocabulary."""
-    target = top_p * float(_whole_weights(logits, peak, temperature).sum())
+    # The normaliser needs every token, but only the probable ones need float64.
+    rest = _whole_weights(logits, peak, temperature)
     ids = _at_least(logits, peak - _NUCLEUS_DEPTH * temperature)
     weights = _weights(logits[ids], peak, temperature)
-    if weights.sum() < target:  # a flat distribution: the nucleus goes deeper
+    rest[ids] = 0
+    mass = float(weights.sum())
+    target = top_p * (mass + float(rest.sum()))
+    if mass < target:  # a flat distribution: the nucleus goes deeper
         ids = _at_least(logits, -np.inf)
         weights = _weights(logits[ids], peak, temperature)
+        target = top_p * float(weights.sum())
     kept = nucleus(weights, target)
-    return ids[kept], weights[kept]
+    return ids.compress(kept), weights.compress(kept)
 
 
 def _at_least(logits: FloatArray, bound: float) -> IntArray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,39 +46,47 @@ def top_ids(logits: FloatArray, k: int) -> IntArray:
     return kept
 
 
-def nucleus(weights: NDArray[np.float64], target: float) -> NDArray[np.intp]:
-    """Ascending indices of the smallest set of largest weights that reaches ``target``.
+def nucleus(weights: NDArray[np.float64], target: float) -> NDArray[np.bool_]:
+    """Which of the weights form the smallest set of largest ones that reaches ``target``.
 
-    Of equal weights at the edge, those with the lowest indices are taken. A set too
-    large to sort is narrowed first, as in quickselect: split at a pivot, go on in the
-    half in which the running sum passes the target.
+    Of equal weights at the edge, those with the lowest indices are taken.
 
     Args:
         weights: Shape (n,), none negative, at least one positive.
         target: Above 0; where rounding puts it beyond the sum, all positive weights.
+
+    Returns:
+        A mask, shape (n,).
     """
-    certain: list[NDArray[np.intp]] = []
-    open_ = np.flatnonzero(weights)
-    while open_.size > _FEW:
-        values = weights[open_]
-        pivot = np.median(values[:: values.size // 64 | 1])
-        above = values > pivot
-        mass = float(values[above].sum())
+    edge, count = _edge(weights, target)
+    mask: NDArray[np.bool_] = weights >= edge
+    surplus = int(np.count_nonzero(mask)) - count
+    if surplus:
+        mask[np.flatnonzero(weights == edge)[-surplus:]] = False
+    return mask
+
+
+def _edge(weights: NDArray[np.float64], target: float) -> tuple[float, int]:
+    """The smallest weight in the nucleus, and the size of the nucleus.
+
+    A set too large to sort is narrowed as in quickselect: split at the median, go on in
+    the half in which the running sum passes the target.
+    """
+    values = weights[weights > 0]
+    passed = 0
+    while values.size > _FEW:
+        middle = values.size // 2
+        values = np.partition(values, middle)
+        mass = float(values[middle:].sum())
         if mass >= target:
-            open_ = open_[above]
-            continue
-        certain.append(open_[above])
-        target -= mass
-        level = open_[values == pivot]
-        if level.size * pivot >= target:
-            certain.append(level[: math.ceil(target / pivot)])
-            return np.sort(np.concatenate(certain))
-        certain.append(level)
-        target -= float(level.size * pivot)
-        open_ = open_[values < pivot]
-    order = open_[np.argsort(-weights[open_], kind="stable")]
-    count = int(weights[order].cumsum().searchsorted(target)) + 1
-    return np.sort(np.concatenate([*certain, order[:count]]))
+            values = values[middle:]
+        else:
+            target -= mass
+            passed += values.size - middle
+            values = values[:middle]
+    values = np.sort(values)[::-1]
+    last = min(int(values.cumsum().searchsorted(target)), values.size - 1)
+    return float(values[last]), passed + last + 1
 
 
 def _kth_largest(values: FloatArray, k: int) -> np.float32:
