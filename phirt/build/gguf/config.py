@@ -26,7 +26,6 @@ ROPE_FACTORS = "rope_freqs.weight"
 # sizes already; the context is bounded by nothing else, and rotary tables are as long as it.
 _MAX_WIDTH = 1 << 20
 _MAX_CONTEXT = 1 << 22
-_MAX_VOCABULARY = 1 << 22
 
 # Texts under which llama.cpp recognizes tokens that end a generation where the metadata does
 # not name them (llama-vocab.cpp, the search for end-of-generation tokens). Only those that
@@ -75,8 +74,8 @@ def read_config(file: GgufFile, *, tokens: list[str]) -> DecoderConfig:
     context_length = reader.size("context_length", most=_MAX_CONTEXT)
     if num_heads % num_kv_heads:
         reader.fail(f"{num_heads} query heads cannot share {num_kv_heads} key and value heads")
-    if not 1 <= len(tokens) <= _MAX_VOCABULARY:
-        reader.fail(f"the vocabulary has {len(tokens):,} tokens")
+    if not tokens:
+        reader.fail("tokenizer.ggml.tokens is missing or empty")
     return DecoderConfig(
         architecture=architecture,
         vocab_size=len(tokens),

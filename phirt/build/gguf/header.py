@@ -35,7 +35,7 @@ __all__ = ["ArraySpan", "GgufHeader", "MetadataValue", "TensorInfo", "ValueType"
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
-MAX_ARRAY_LENGTH = 1 << 22
+MAX_ARRAY_LENGTH = 1 << 20
 MAX_RANK = 4  # GGML_MAX_DIMS
 
 
