@@ -109,6 +109,11 @@ class DecodeLoop:
             self._random = RandomStream(params.seed)
 
     @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """The strings that end the text, for the layer that sees text."""
+        return self._resolved.stop
+
+    @property
     def finish_reason(self) -> FinishReason | None:
         """Why the generation ended, or None while it goes on."""
         return self._reason

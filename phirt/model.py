@@ -1,0 +1,263 @@
+"""The face of the library: `load` a model, then `Model.generate` and `Model.stream`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, cast
+
+from phirt.dispatch.select import Selection, load_artifact
+from phirt.errors import SessionClosedError, UnsupportedModelError
+from phirt.generation.loop import DecodeLoop
+from phirt.generation.params import GenerationParams
+from phirt.generation.params_resolved import GenerationDefaults
+from phirt.generation.score import score_tokens
+from phirt.locate import locate
+from phirt.models.folder import ModelFolder, read_folder
+from phirt.protocols import LoadOptions, Placement
+from phirt.stream import Generation, TokenStream
+from phirt.text.chat import ChatTemplate
+from phirt.text.tokenizer import Tokenizer
+from phirt.types import ChatMessage, FloatArray, ProgressCallback, PromptLike
+
+__all__ = ["Model", "load"]
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    device: str = "auto",
+    backend: str = "auto",
+    precision: str = "auto",
+    threads: int | None = None,
+    spinning: bool | None = None,
+    offline: bool = False,
+    progress: ProgressCallback | None = None,
+) -> Model:
+    """Load a model, fetching and converting it first if that has not been done yet.
+
+    Args:
+        model: A name (``"smollm2-135m-instruct"``), a model folder, or a ``.gguf`` file.
+            None is the small default model.
+        device: A device name such as ``"cpu"``; ``"auto"`` chooses. A named device is
+            used, or an error is raised.
+        backend: A backend name such as ``"onnxruntime"``; ``"auto"`` chooses.
+        precision: How a checkpoint is converted: ``"fp32"``, ``"int8"``, ``"int4"``,
+            ``"exact"`` (its own quantized values, repacked), or ``"auto"``. A folder is
+            loaded in the precision that it has.
+        threads: Threads within one operator; None for the runtime's default.
+        spinning: Whether idle threads spin between two tokens: faster on a machine that
+            does nothing else, rude on one that does. None for the runtime's default.
+        offline: Never touch the network; so does the environment variable
+            ``HF_HUB_OFFLINE``.
+        progress: Called as a download or a conversion advances.
+
+    Returns:
+        The model. Close it, or use it as a context manager, to free its weights.
+
+    Raises:
+        ModelError: The model cannot be found, read, trusted or run.
+        BackendError: The backend is unknown, missing or broken, or failed.
+        DeviceError: The device is not there, or its memory does not suffice.
+        ValueError: A name is malformed or a setting out of range.
+    """
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads={threads} must be at least 1, or None")
+    place = locate(model, precision=precision, offline=offline, progress=progress)
+    # Loading begins here: a download or a conversion happens once, and is not part of it.
+    started = time.perf_counter()
+    folder = read_folder(place.path, name=place.name)
+    options = LoadOptions(threads=threads, spinning=spinning)
+    selection = load_artifact(folder.artifact, device=device, backend=backend, options=options)
+    try:
+        return Model(selection, folder, started=started)
+    except BaseException:
+        selection.loaded.close()
+        raise
+
+
+class Model:
+    """A loaded model. It may be used from many threads at once.
+
+    Made by `load`. Each call of `generate` or `stream` is a request of its own, with its
+    own KV cache.
+    """
+
+    def __init__(self, selection: Selection, folder: ModelFolder, *, started: float) -> None:
+        self._selection = selection
+        self._loaded = selection.loaded
+        self._folder = folder
+        self._defaults = GenerationDefaults.from_config(folder.generation_defaults)
+        self._tokenizer = Tokenizer.from_file(folder.tokenizer_path)
+        self._template = (
+            None
+            if folder.chat_template is None
+            else ChatTemplate(
+                folder.chat_template, bos_token=folder.bos_token, eos_token=folder.eos_token
+            )
+        )
+        self._closed = False
+        self._load_s = time.perf_counter() - started
+
+    @property
+    def name(self) -> str:
+        """What the model is called: its catalog name, or that of its folder or file."""
+        return self._folder.artifact.name
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend that runs it."""
+        return self._selection.backend
+
+    @property
+    def device(self) -> str:
+        """Name of the device that it runs on."""
+        return self._selection.device
+
+    @property
+    def placement(self) -> Placement:
+        """Where its graph really runs, as the runtime tells."""
+        return self._loaded.placement()
+
+    @property
+    def path(self) -> Path:
+        """The folder that it was loaded from."""
+        return self._folder.artifact.path
+
+    @property
+    def precision(self) -> str | None:
+        """How its weights are stored, where that is known."""
+        return self._folder.artifact.precision
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that prompt and output may have together."""
+        return self._loaded.info.context_length
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to token ids and back."""
+        return self._tokenizer
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """Renders chats as the model was trained on them, if it is a chat model."""
+        return self._template
+
+    @property
+    def generation_defaults(self) -> GenerationDefaults:
+        """What the model's own configuration says about sampling."""
+        return self._defaults
+
+    def generate(
+        self, prompt: PromptLike, *, params: GenerationParams | None = None, **overrides: Any
+    ) -> Generation:
+        """Generate until a stop, and return all of it.
+
+        Args:
+            prompt: Raw text, a chat (a list of ``{"role": ..., "content": ...}``), or a
+                list of token ids.
+            params: How to generate; None for the model's own defaults.
+            **overrides: Single parameters, by `GenerationParams`' names, over ``params``.
+
+        Raises:
+            ContextLengthError: Prompt and ``max_new_tokens`` exceed the context.
+            GenerationError: The generation cannot go on.
+            BackendRuntimeError: The runtime failed.
+            TypeError: An unknown parameter, or one of a wrong type.
+            ValueError: A parameter or token id out of range.
+        """
+        with self.stream(prompt, params=params, **overrides) as stream:
+            for _ in stream:
+                pass
+            return stream.result
+
+    def stream(
+        self, prompt: PromptLike, *, params: GenerationParams | None = None, **overrides: Any
+    ) -> TokenStream:
+        """Generate token by token, as the stream is iterated.
+
+        Arguments and errors are those of `generate`. Arguments are checked now; errors of
+        the run are raised by the iteration.
+        """
+        if self._closed:
+            raise SessionClosedError(f"Model {self.name!r} is closed; load it again.")
+        params = (params if params is not None else GenerationParams()).merge(**overrides)
+        loop = DecodeLoop(self._loaded, self.encode(prompt), params, defaults=self._defaults)
+        return TokenStream(loop, self._tokenizer, load_s=self._load_s)
+
+    def encode(self, prompt: PromptLike) -> list[int]:
+        """The token ids that a prompt stands for.
+
+        Text gets the tokenizer's own special tokens; a chat gets those of its template and
+        no others; a list of ids is taken as it is.
+
+        Raises:
+            UnsupportedModelError: The prompt is a chat and the model has no template.
+            TypeError: The prompt is none of the three.
+        """
+        kind = _kind_of(prompt)
+        if kind == "text":
+            return self._tokenizer.encode(cast("str", prompt))
+        if kind == "ids":
+            return cast("list[int]", list(prompt))
+        if self._template is None:
+            raise UnsupportedModelError(
+                f"Model {self.name!r} has no chat template. Pass its prompt as text."
+            )
+        messages = cast("list[ChatMessage]", prompt)
+        text = self._template.render(messages, add_generation_prompt=True)
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def score(self, prompt: PromptLike) -> FloatArray:
+        """Log-probability of each token of a text, given those before it.
+
+        Args:
+            prompt: As for `generate`; n tokens, at least two.
+
+        Returns:
+            Natural log-probabilities, shape (n - 1,): the first token has none.
+
+        Raises:
+            UnsupportedModelError: The loaded graph cannot give logits of every position.
+            ContextLengthError: The prompt is longer than the context.
+        """
+        return score_tokens(self._loaded, self.encode(prompt))
+
+    def close(self) -> None:
+        """Free the weights once the last stream has ended. Calling it again does nothing."""
+        self._closed = True
+        self._loaded.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return (
+            f"<phirt.Model {self.name!r}: {self.precision or 'unknown precision'}, "
+            f"{self.backend} on {self.device}>"
+        )
+
+
+def _kind_of(prompt: object) -> Literal["text", "chat", "ids"]:
+    if isinstance(prompt, str):
+        return "text"
+    if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
+        if all(isinstance(item, Mapping) for item in prompt):
+            return "chat" if prompt else "ids"
+        if all(isinstance(item, int) for item in prompt):
+            return "ids"
+    raise TypeError(
+        "A prompt is a string, a list of chat messages ({'role': ..., 'content': ...}) or a list "
+        f"of token ids, not {type(prompt).__name__}."
+    )
