@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from phirt.errors import ModelError, ModelFormatError, ModelNotFoundError, UnsafeModelError
 from phirt.models.genai_config import GENAI_CONFIG_NAME, DecoderSpec, read_genai_config
@@ -117,8 +117,8 @@ def _read(path: Path, name: str) -> ModelFolder:
     )
 
 
-def _refuse_other_layouts(path: Path) -> None:
-    """Say what the folder is instead of a genai folder. Always raises."""
+def _refuse_other_layouts(path: Path) -> NoReturn:
+    """Say what the folder is instead of a genai folder."""
     suffixes = {entry.suffix.lower(): entry.name for entry in sorted(path.iterdir())}
     if ".gguf" in suffixes:
         raise ModelNotFoundError(

@@ -24,7 +24,7 @@ from filelock import FileLock, Timeout
 
 __all__ = ["Fill", "Find", "stage"]
 
-Fill: TypeAlias = Callable[[Path], None]
+Fill: TypeAlias = Callable[[Path], object]
 """Writes the content into an empty folder, which is given to it."""
 
 Find: TypeAlias = Callable[[], Path | None]
@@ -168,7 +168,7 @@ if sys.platform == "win32":
 
     def _process_exists(pid: int) -> bool:
         # os.kill(pid, 0) would be a Ctrl-C to the process here.
-        import ctypes  # noqa: PLC0415 - wanted on Windows only
+        import ctypes
 
         synchronize, invalid_parameter = 0x0010_0000, 87
         kernel = ctypes.WinDLL("kernel32", use_last_error=True)

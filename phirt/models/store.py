@@ -110,7 +110,9 @@ class Store:
             return None
         return path
 
-    def install_source(self, sha256: str, filename: str, fill: Fill, *, size: int) -> Path:
+    def install_source(
+        self, sha256: str, filename: str, fill: Fill, *, size: int, needed_bytes: int = 0
+    ) -> Path:
         """Install a fetched file, or return the one that is already there.
 
         Args:
@@ -118,6 +120,7 @@ class Store:
             filename: Its plain name.
             fill: Called with an empty folder, writes the file into it.
             size: Its size in bytes.
+            needed_bytes: Room that fetching it takes; checked before ``fill`` runs.
 
         Raises:
             StoreError: The disk is full, or the store cannot be written.
@@ -141,7 +144,7 @@ class Store:
         def find() -> Path | None:
             return self.find_source(sha256, filename, size=size)
 
-        return self._stage(target.parent, fill_and_record, find=find, needed_bytes=size)
+        return self._stage(target.parent, fill_and_record, find=find, needed_bytes=needed_bytes)
 
     def _model_path(self, key: str) -> Path:
         if not _KEY.fullmatch(key) or plain_name_fault(key):
