@@ -116,8 +116,9 @@ def check_contents(session: nox.Session, built: Path) -> None:
     """Fail unless the wheel holds the whole package, its licence, and nothing else."""
     with zipfile.ZipFile(built) as archive:
         packed = {name for name in archive.namelist() if not name.endswith("/")}
-    package = {p.relative_to(ROOT).as_posix() for p in (ROOT / "phirt").rglob("*.py")}
-    missing = (package | {"phirt/py.typed"}) - packed
+    files = [path for path in (ROOT / "phirt").rglob("*") if path.is_file()]
+    package = {p.relative_to(ROOT).as_posix() for p in files if p.suffix != ".pyc"}
+    missing = package - packed
     metadata = {name for name in packed if name.split("/")[0].endswith(".dist-info")}
     strange = {name for name in packed - metadata if not name.startswith("phirt/")}
     if missing or strange or not any(name.endswith("/LICENSE") for name in metadata):
