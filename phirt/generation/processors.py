@@ -95,9 +95,11 @@ def apply_repetition_penalty(history: TokenHistory, logits: FloatArray, *, penal
     ids = history.unique_ids()
     scores = logits[ids]
     negative = scores < 0
-    with np.errstate(over="ignore"):  # to -inf, which is what an endless penalty means
+    # An extreme penalty makes infinities: -inf forbids a token, and +inf is refused when
+    # one is chosen.
+    with np.errstate(all="ignore"):
         np.multiply(scores, penalty, out=scores, where=negative)
-    np.divide(scores, penalty, out=scores, where=~negative)
+        np.divide(scores, penalty, out=scores, where=~negative)
     logits[ids] = scores
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phirt.generation.history import TokenHistory
@@ -10,6 +10,7 @@ from phirt.generation.history import TokenHistory
 TOKENS = st.lists(st.integers(0, 9), max_size=400)
 
 
+@settings(deadline=None)
 @given(prompt=TOKENS, output=TOKENS, looks=st.sets(st.integers(0, 400)))
 def test_unique_ids_and_counts_follow_every_append(prompt, output, looks):
     """However often, and however late, they are asked for."""
