@@ -91,5 +91,7 @@ def _edge(weights: NDArray[np.float64], target: float) -> tuple[float, int]:
 
 def _kth_largest(values: FloatArray, k: int) -> np.float32:
     """The k-th largest value, but nothing below the lowest finite number."""
+    if values.size == 0:  # all were -inf, and no column was kept
+        return _LOWEST
     index = max(values.size - k, 0)
     return max(np.partition(values, index)[index], _LOWEST)
