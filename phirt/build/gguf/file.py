@@ -56,7 +56,7 @@ class GgufFile:
         self._lock = Lock()
         try:
             self._file = path.open("rb")
-        except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        except OSError as error:
             raise ModelNotFoundError(
                 f"GGUF file '{path}' cannot be opened: {error.strerror}. Check the path."
             ) from error
