@@ -7,6 +7,7 @@ converter would have written them, so that any reader of GGUF takes the file.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -24,8 +25,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-# Merged left to right, so that every prefix of a word is a token as well. They make the
-# pre-tokenizer matter: spaces, digits, line ends, contractions, letters beyond ASCII.
+# Words that become tokens. They make the pre-tokenizer matter: spaces, digits, line ends,
+# contractions, letters beyond ASCII.
 WORDS = [
     " the", "ing", " and", "  ", "    ", "\n\n", "12", "123", "'s", "'ll", " a", " of", "é", "ü",
     " in", " is", "er", "\t\t", " def", "):", "ation", " 1", "00", "你", "好", "в", "при", " для",
@@ -194,13 +195,13 @@ def _add_byte_level(writer: GGUFWriter, vocab: int, pre: str) -> None:
     special.append("<think>")
     symbols = _byte_symbols()
     tokens = special + list(symbols.values())
-    merges: list[str] = []
+    merges: dict[tuple[str, str], int] = {}
     for word in WORDS:
-        spelled = "".join(symbols[byte] for byte in word.encode("utf-8"))
-        for end in range(2, len(spelled) + 1):
-            if spelled[:end] not in tokens and len(tokens) < vocab:
-                tokens.append(spelled[:end])
-                merges.append(f"{spelled[: end - 1]} {spelled[end - 1]}")
+        pieces = _join([symbols[byte] for byte in word.encode("utf-8")], merges)
+        while len(pieces) > 1 and len(tokens) < vocab:
+            merges[pieces[0], pieces[1]] = len(merges)
+            tokens.append(pieces[0] + pieces[1])
+            pieces = _join(pieces, merges)
     tokens += [f"<|unused_{index}|>" for index in range(vocab - len(tokens))]
     types = [TokenType.CONTROL] * (len(special) - 1) + [TokenType.USER_DEFINED]
     types += [
@@ -211,7 +212,7 @@ def _add_byte_level(writer: GGUFWriter, vocab: int, pre: str) -> None:
     writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    writer.add_token_merges(merges)
+    writer.add_token_merges([" ".join(pair) for pair in merges])
     if llama3:
         writer.add_add_bos_token(True)
         writer.add_bos_token_id(0)
@@ -221,6 +222,16 @@ def _add_byte_level(writer: GGUFWriter, vocab: int, pre: str) -> None:
         writer.add_eos_token_id(2)
         writer.add_unk_token_id(0)
         writer.add_pad_token_id(2)
+
+
+def _join(pieces: list[str], merges: Mapping[tuple[str, str], int]) -> list[str]:
+    """Apply merges, best first. New ones are made on top, so that every token is reachable."""
+    while True:
+        pairs = [pair for pair in pairwise(pieces) if pair in merges]
+        if not pairs:
+            return pieces
+        index = list(pairwise(pieces)).index(min(pairs, key=lambda pair: merges[pair]))
+        pieces = [*pieces[:index], pieces[index] + pieces[index + 1], *pieces[index + 2 :]]
 
 
 def _byte_symbols() -> dict[int, str]:
