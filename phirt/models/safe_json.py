@@ -131,8 +131,9 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > _MAX_DIGITS:
-        raise ValueError(f"an integer of {len(digits):,} digits")
+    count = len(digits.lstrip("-"))
+    if count > _MAX_DIGITS:
+        raise ValueError(f"an integer of {count:,} digits")
     return int(digits)
 
 
