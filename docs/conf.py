@@ -30,19 +30,8 @@ nitpick_ignore_regex = [("py:.*", r"(collections|numpy|pathlib|types)\..*")]
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
-# The names that phirt gives to long types, in place of what they stand for.
-autodoc_type_aliases = {
-    name: f"phirt.types.{name}"
-    for name in (
-        "ChatMessage",
-        "FinishReason",
-        "FloatArray",
-        "IntArray",
-        "LogitsProcessor",
-        "ProgressCallback",
-        "PromptLike",
-    )
-}
+# Signatures stand on functions; classes that `load` and `stream` make have none to show.
+autodoc_class_signature = "separated"
 
 
 def keep_first_line(_app: Sphinx, what: str, *rest: Any) -> None:

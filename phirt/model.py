@@ -218,7 +218,7 @@ class Model:
             prompt: As for `generate`; n tokens, at least two.
 
         Returns:
-            Natural log-probabilities, shape (n - 1,): the first token has none.
+            Natural log-probabilities, shape (n - 1,); the first token has none.
 
         Raises:
             UnsupportedModelError: The loaded graph cannot give logits of every position.
