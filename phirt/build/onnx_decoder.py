@@ -1,0 +1,267 @@
+"""The graph of a Llama decoder, as ONNX Runtime and onnxruntime-genai read it.
+
+Inputs and outputs follow onnxruntime-genai's Model Builder: ``input_ids`` and
+``attention_mask``, per layer ``past_key_values.N.key`` and ``.value`` in, ``present.N.key``
+and ``.value`` out, and ``logits``. One input is added, ``num_logits_to_keep``: from how many
+of the last positions logits are made. It is optional (an initializer of the same name holds
+the default, 1), because logits of every position of a long prompt would take gigabytes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from phirt._version import __version__
+from phirt.build.checkpoint import Checkpoint, DecoderConfig
+from phirt.build.onnx_external import ExternalData
+from phirt.build.onnx_graph import GraphBuilder
+from phirt.build.onnx_linear import LinearWriter
+from phirt.build.precision import Precision
+from phirt.errors import UnsupportedModelError
+from phirt.types import FloatArray
+
+__all__ = ["rotary_tables", "write_decoder"]
+
+_INT64_MAX = np.iinfo(np.int64).max
+_INT32 = onnx.TensorProto.INT32
+
+# Beyond this a single matrix or table is refused: no machine that runs phirt converts it,
+# and a damaged or hostile size must not reach an allocation.
+_LARGEST_ARRAY_BYTES = 1 << 35
+
+_EMBEDDING = "model.embed_tokens.weight"
+_LM_HEAD = "lm_head.weight"
+
+
+def write_decoder(checkpoint: Checkpoint, model_path: Path, *, precision: Precision) -> None:
+    """Write a decoder: ``model_path`` and, beside it, its weights in ``NAME.data``.
+
+    Weights are streamed: about one layer's fused matrix is in memory at a time.
+
+    Args:
+        checkpoint: Configuration and weights.
+        model_path: The ONNX file to create; its folder exists and neither file does.
+        precision: How the weights are stored.
+
+    Raises:
+        UnsupportedModelError: The architecture, a size, or an encoding in this precision.
+        FileExistsError: One of the files exists.
+    """
+    _check_supported(checkpoint.config)
+    with ExternalData(model_path.with_name(model_path.name + ".data")) as external:
+        graph = GraphBuilder("decoder", external)
+        _DecoderWriter(graph, checkpoint, precision).write()
+    graph.save(model_path, producer="phirt", producer_version=__version__)
+
+
+def _check_supported(config: DecoderConfig) -> None:
+    if config.architecture != "llama":
+        raise UnsupportedModelError(
+            f"phirt writes decoders of architecture llama; this is {config.architecture!r}."
+        )
+    elements = {
+        "embedding": config.vocab_size * config.hidden_size,
+        "MLP": 2 * config.intermediate_size * config.hidden_size,
+        "attention": 3 * config.num_heads * config.head_size * config.hidden_size,
+        "rotary tables": config.context_length * config.rope_dim,
+    }
+    name, largest = max(elements.items(), key=lambda item: item[1])
+    if 4 * largest > _LARGEST_ARRAY_BYTES:
+        raise UnsupportedModelError(
+            f"The {name} of this model would take {4 * largest:,} bytes in one piece; phirt "
+            f"converts up to {_LARGEST_ARRAY_BYTES:,}. Check the file, or use a smaller model."
+        )
+
+
+def rotary_tables(config: DecoderConfig) -> tuple[FloatArray, FloatArray]:
+    """Cosines and sines of every position's rotary angles.
+
+    The angle of pair ``i`` at position ``p`` is ``p * theta ** (-2 i / d) / factor[i]``
+    (Su et al. 2021, RoFormer, equation 15; factors as Llama 3 scales them). Frequency and
+    angle are rounded to float32, as in `transformers`.
+
+    Returns:
+        Two arrays of shape (context_length, rope_dim / 2).
+    """
+    exponents = np.arange(0, config.rope_dim, 2) / config.rope_dim
+    frequencies = (config.rope_theta**-exponents).astype(np.float32)
+    if config.rope_factors is not None:
+        frequencies /= config.rope_factors
+    angles = np.outer(np.arange(config.context_length, dtype=np.float32), frequencies)
+    return np.cos(angles), np.sin(angles)
+
+
+class _DecoderWriter:
+    """Writes one decoder, layer by layer."""
+
+    def __init__(self, graph: GraphBuilder, checkpoint: Checkpoint, precision: Precision) -> None:
+        self._graph = graph
+        self._checkpoint = checkpoint
+        self._config = checkpoint.config
+        self._linear = LinearWriter(graph, checkpoint, precision)
+
+    def write(self) -> None:
+        """Write the whole graph."""
+        graph, config = self._graph, self._config
+        token_ids, mask = self._declare()
+        self._write_attention_inputs(mask)
+        residual = self._linear.embed(token_ids, _EMBEDDING, name="/model/embed_tokens")
+        hidden = graph.node(
+            "SimplifiedLayerNormalization",
+            [residual, self._weight("model.layers.0.input_layernorm.weight")],
+            name="/model/layers.0/input_layernorm",
+            epsilon=config.rms_norm_eps,
+            axis=-1,
+            stash_type=1,
+        )
+        for layer in range(config.num_layers):
+            hidden, residual = self._write_layer(layer, hidden, residual)
+        head = _EMBEDDING if config.tie_word_embeddings else _LM_HEAD
+        self._linear.head(hidden, head, name="/lm_head", output="logits")
+
+    def _declare(self) -> tuple[str, str]:
+        """Declare inputs and outputs; return the names of token ids and attention mask."""
+        graph, config = self._graph, self._config
+        token_ids = graph.input("input_ids", np.int64, ["batch_size", "sequence_length"])
+        mask = graph.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
+
+        def cache(length: str) -> list[int | str]:
+            return ["batch_size", config.num_kv_heads, length, config.head_size]
+
+        # onnxruntime-genai takes logits as those of the last position if they are declared
+        # as one; a run that keeps more yields more, which ONNX Runtime allows.
+        graph.output("logits", np.float32, ["batch_size", 1, config.vocab_size])
+        for layer in range(config.num_layers):
+            for part in ("key", "value"):
+                graph.input(
+                    f"past_key_values.{layer}.{part}",
+                    np.float32,
+                    cache("past_sequence_length"),
+                )
+                graph.output(f"present.{layer}.{part}", np.float32, cache("total_sequence_length"))
+        return token_ids, mask
+
+    def _write_attention_inputs(self, mask: str) -> None:
+        """Write what every attention node reads: lengths, rotary tables, positions kept."""
+        graph = self._graph
+        lengths = graph.node(
+            "ReduceSum", [mask, graph.constant([1])], name="/model/lengths", keepdims=0
+        )
+        last = graph.node("Sub", [lengths, graph.constant([1])], name="/model/last_positions")
+        self._seqlens = graph.node("Cast", [last], name="/model/seqlens_k", to=_INT32)
+        shape = graph.node("Shape", [mask], name="/model/mask_shape")
+        total = graph.node("Gather", [shape, graph.constant(1)], name="/model/total", axis=0)
+        self._total = graph.node("Cast", [total], name="/model/total_sequence_length", to=_INT32)
+        cosines, sines = rotary_tables(self._config)
+        graph.initializer("cos_cache", cosines)
+        graph.initializer("sin_cache", sines)
+        keep = graph.input("num_logits_to_keep", np.int64, [1])
+        graph.initializer(keep, np.array([1], np.int64))
+        self._first_kept = graph.node("Neg", [keep], name="/model/first_kept_position")
+
+    def _write_layer(self, layer: int, hidden: str, residual: str) -> tuple[str, str]:
+        """Write one block.
+
+        Args:
+            layer: Its index.
+            hidden: Its normalized input.
+            residual: Its input before the norm.
+
+        Returns:
+            The normalized input and the residual of the next block, or of the LM head.
+        """
+        linear, scope, tensors = self._linear, f"/model/layers.{layer}", f"model.layers.{layer}"
+        attended = self._write_attention(layer, hidden)
+        is_last = layer == self._config.num_layers - 1
+        if is_last:
+            # From here on positions no longer meet: only those with logits are computed.
+            attended = self._keep_last(attended, name=f"{scope}/attn/kept")
+            residual = self._keep_last(residual, name=f"{scope}/residual_kept")
+        attended = linear.project(
+            attended, [f"{tensors}.self_attn.o_proj.weight"], name=f"{scope}/attn/o_proj"
+        )
+        hidden, residual = self._add_and_norm(
+            residual,
+            attended,
+            f"{tensors}.post_attention_layernorm.weight",
+            name=f"{scope}/post_attention_layernorm",
+        )
+        output = self._write_mlp(layer, hidden)
+        if is_last:
+            return self._add_and_norm(residual, output, "model.norm.weight", name="/model/norm")
+        return self._add_and_norm(
+            residual,
+            output,
+            f"model.layers.{layer + 1}.input_layernorm.weight",
+            name=f"/model/layers.{layer + 1}/input_layernorm",
+        )
+
+    def _write_attention(self, layer: int, hidden: str) -> str:
+        config, scope = self._config, f"/model/layers.{layer}/attn"
+        packed = self._linear.project(
+            hidden,
+            [f"model.layers.{layer}.self_attn.{part}_proj.weight" for part in "qkv"],
+            name=f"{scope}/qkv_proj",
+        )
+        return self._graph.contrib(
+            "GroupQueryAttention",
+            [
+                packed,
+                "",
+                "",
+                f"past_key_values.{layer}.key",
+                f"past_key_values.{layer}.value",
+                self._seqlens,
+                self._total,
+                "cos_cache",
+                "sin_cache",
+            ],
+            [f"{scope}/output", f"present.{layer}.key", f"present.{layer}.value"],
+            name=f"{scope}/GroupQueryAttention",
+            num_heads=config.num_heads,
+            kv_num_heads=config.num_kv_heads,
+            scale=config.head_size**-0.5,
+            local_window_size=-1 if config.window is None else config.window,
+            do_rotary=1,
+            rotary_interleaved=0,
+        )
+
+    def _write_mlp(self, layer: int, hidden: str) -> str:
+        """``down(silu(gate(x)) * up(x))``."""
+        graph, linear = self._graph, self._linear
+        scope, tensors = f"/model/layers.{layer}/mlp", f"model.layers.{layer}.mlp"
+        both = linear.project(
+            hidden,
+            [f"{tensors}.gate_proj.weight", f"{tensors}.up_proj.weight"],
+            name=f"{scope}/gate_up_proj",
+        )
+        gate, up = f"{scope}/gate", f"{scope}/up"
+        graph.node("Split", [both], [gate, up], name=f"{scope}/Split", axis=-1, num_outputs=2)
+        # QuickGelu is x * sigmoid(alpha * x): SiLU at alpha 1, in one node.
+        activated = graph.contrib("QuickGelu", [gate], name=f"{scope}/SiLU", alpha=1.0)
+        product = graph.node("Mul", [activated, up], name=f"{scope}/product")
+        return linear.project(product, [f"{tensors}.down_proj.weight"], name=f"{scope}/down_proj")
+
+    def _add_and_norm(self, residual: str, x: str, weight: str, *, name: str) -> tuple[str, str]:
+        """The RMS norm of ``residual + x``, and that sum."""
+        outputs = [f"{name}/output", "", "", f"{name}/residual"]
+        self._graph.contrib(
+            "SkipSimplifiedLayerNormalization",
+            [residual, x, self._weight(weight)],
+            outputs,
+            name=name,
+            epsilon=self._config.rms_norm_eps,
+        )
+        return outputs[0], outputs[3]
+
+    def _keep_last(self, x: str, *, name: str) -> str:
+        """The last ``num_logits_to_keep`` positions of (batch, positions, width)."""
+        graph = self._graph
+        end, axis = graph.constant([_INT64_MAX]), graph.constant([1])
+        return graph.node("Slice", [x, self._first_kept, end, axis], name=name)
+
+    def _weight(self, tensor: str) -> str:
+        return self._graph.initializer(tensor, self._checkpoint.tensor(tensor).float32())

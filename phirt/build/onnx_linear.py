@@ -1,0 +1,278 @@
+"""Linear layers and the embedding as nodes, in each precision.
+
+Three operators of ONNX Runtime's own set do the work. ``FusedMatMul`` multiplies by float
+weights as they lie in a checkpoint, (out, in). ``MatMulNBits`` multiplies by block-quantized
+weights; its ``accuracy_level`` says whether activations stay float (1) or may be rounded to
+8 bits (4), which is faster. ``GatherBlockQuantized`` reads rows of a quantized embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from phirt.build.checkpoint import Checkpoint, CheckpointTensor
+from phirt.build.onnx_graph import GraphBuilder
+from phirt.build.precision import Precision
+from phirt.build.quantize import (
+    EXACT_ENCODINGS,
+    QuantizedMatrix,
+    concatenate_rows,
+    quantize_int4,
+    quantize_int8,
+    repack,
+    split_bytes,
+)
+from phirt.errors import UnsupportedModelError
+from phirt.types import FloatArray
+
+__all__ = ["EXACT_PRECISION_ENCODINGS", "LinearWriter"]
+
+_FLOAT_ENCODINGS = frozenset({"F32", "F16", "BF16"})
+
+EXACT_PRECISION_ENCODINGS = EXACT_ENCODINGS | _FLOAT_ENCODINGS
+"""GGML encodings of matrices that the exact precision takes."""
+
+_FLOAT_ACTIVATIONS = 1
+_INT8_ACTIVATIONS = 4
+
+# By preference. At 32 the scales (and the block sums that ONNX Runtime adds to them) are a
+# fifth of what a decode step reads of 8-bit weights; 64 halves that, for a KL of 0.003.
+# 4-bit weights need the finer blocks.
+_INT8_BLOCK_SIZES = (64, 32)
+_INT4_BLOCK_SIZES = (32,)
+
+Weights = FloatArray | QuantizedMatrix
+
+
+class LinearWriter:
+    """Writes the layers that hold a decoder's matrices.
+
+    Args:
+        graph: Receives nodes and weights.
+        checkpoint: The weights.
+        precision: How they are stored.
+    """
+
+    def __init__(self, graph: GraphBuilder, checkpoint: Checkpoint, precision: Precision) -> None:
+        self._graph = graph
+        self._checkpoint = checkpoint
+        self._precision = precision
+        self._accuracy_level = (
+            _FLOAT_ACTIVATIONS if precision is Precision.EXACT else _INT8_ACTIVATIONS
+        )
+        self._shareable: dict[str, tuple[str, Weights]] = {}  # embedding -> its node, its weights
+        self._block_sums: dict[str, str] = {}  # value -> the sums of its blocks
+
+    def project(self, x: str, tensors: Sequence[str], *, name: str) -> str:
+        """Multiply by matrices that share an input; their results lie side by side.
+
+        Rows of different matrices do not mix, so that one fused product equals many.
+
+        Args:
+            x: The input, (batch, positions, in).
+            tensors: Names of matrices (out, in) in the checkpoint.
+            name: The node's name; weights are named after it.
+
+        Returns:
+            The result, (batch, positions, sum of out).
+
+        Raises:
+            UnsupportedModelError: The precision cannot hold one of them.
+        """
+        matrices = [self._load(self._checkpoint.tensor(tensor)) for tensor in tensors]
+        if len({_layout(matrix) for matrix in matrices}) == 1:
+            return self._multiply(x, _fuse(matrices), name=name)
+        parts = [
+            self._multiply(x, matrix, name=f"{name}/{index}")
+            for index, matrix in enumerate(matrices)
+        ]
+        return self._graph.node("Concat", parts, name=name, axis=-1)
+
+    def embed(self, token_ids: str, tensor: str, *, name: str) -> str:
+        """Read rows of the embedding.
+
+        Args:
+            token_ids: Ids, (batch, positions).
+            tensor: Name of the matrix (vocabulary, width) in the checkpoint.
+            name: The node's name; weights are named after it.
+
+        Returns:
+            The rows, (batch, positions, width).
+
+        Raises:
+            UnsupportedModelError: The precision cannot hold it.
+        """
+        source = self._checkpoint.tensor(tensor)
+        weights = self._load(source, sensitive=True)
+        if self._multiplies_as_stored(weights):
+            self._shareable[tensor] = (name, weights)
+        if isinstance(weights, QuantizedMatrix) and weights.offsets is not None:
+            weights = source.float32()  # Gathering knows no offsets.
+        if not isinstance(weights, QuantizedMatrix):
+            table = self._graph.initializer(f"{name}.weight", weights)
+            return self._graph.node("Gather", [table, token_ids], name=name, axis=0)
+        rows = weights.values.reshape(weights.rows, -1)
+        table = self._graph.initializer(f"{name}.quantized", rows)
+        scales = self._graph.initializer(f"{name}.scales", weights.scales)
+        return self._graph.contrib(
+            "GatherBlockQuantized",
+            [table, token_ids, scales],
+            name=name,
+            bits=weights.bits,
+            block_size=weights.block_size,
+            gather_axis=0,
+            quantize_axis=1,
+        )
+
+    def head(self, x: str, tensor: str, *, name: str, output: str) -> None:
+        """Multiply by the LM head, which may be the embedding: the two then share bytes.
+
+        Args:
+            x: The input, (batch, positions, width).
+            tensor: Name of the matrix (vocabulary, width) in the checkpoint.
+            name: The node's name.
+            output: Name of the result, (batch, positions, vocabulary).
+        """
+        if tensor not in self._shareable:
+            matrix = self._load(self._checkpoint.tensor(tensor), sensitive=True)
+            self._multiply(x, matrix, name=name, output=output)
+            return
+        embedding, weights = self._shareable[tensor]
+        if isinstance(weights, QuantizedMatrix):
+            values = self._graph.reshaped(
+                f"{name}.quantized", f"{embedding}.quantized", weights.values.shape
+            )
+            inputs = [x, values, f"{embedding}.scales"]
+            self._matmul_nbits(inputs, weights, name=name, output=output)
+        else:
+            self._matmul(x, f"{embedding}.weight", name=name, output=output)
+
+    def _multiplies_as_stored(self, weights: Weights) -> bool:
+        """Whether one operator multiplies by the weights, without another form of them."""
+        if not isinstance(weights, QuantizedMatrix):
+            return True
+        return weights.offsets is None and not self._must_split(weights)
+
+    def _must_split(self, weights: QuantizedMatrix) -> bool:
+        return weights.bits == 8 and self._accuracy_level == _FLOAT_ACTIVATIONS
+
+    def _load(self, tensor: CheckpointTensor, *, sensitive: bool = False) -> Weights:
+        """Read a matrix in the form that the precision gives it.
+
+        Args:
+            tensor: The matrix.
+            sensitive: Whether it keeps 8 bits where layers have 4. The LM head does: its
+                error reaches the logits directly.
+        """
+        if self._precision is Precision.FP32:
+            return tensor.float32()
+        if self._precision is Precision.EXACT:
+            return _load_exact(tensor)
+        if self._precision is Precision.INT4 and not sensitive:
+            return quantize_int4(
+                tensor.float32(), block_size=_block_size(tensor, _INT4_BLOCK_SIZES)
+            )
+        return quantize_int8(tensor.float32(), block_size=_block_size(tensor, _INT8_BLOCK_SIZES))
+
+    def _multiply(self, x: str, weights: Weights, *, name: str, output: str | None = None) -> str:
+        graph = self._graph
+        if not isinstance(weights, QuantizedMatrix):
+            return self._matmul(
+                x, graph.initializer(f"{name}.weight", weights), name=name, output=output
+            )
+        if self._must_split(weights):
+            twice = graph.node("Concat", [x, x], name=f"{name}/twice", axis=-1)
+            return self._multiply(twice, split_bytes(weights), name=name, output=output)
+        if weights.offsets is not None:
+            plain = self._multiply(x, replace(weights, offsets=None), name=f"{name}/blocks")
+            offsets = graph.initializer(f"{name}.offsets", weights.offsets)
+            shift = self._matmul(self._sum_blocks(x, weights), offsets, name=f"{name}/offsets")
+            return graph.node("Add", [plain, shift], output and [output], name=name)
+        inputs = [
+            x,
+            graph.initializer(f"{name}.quantized", weights.values),
+            graph.initializer(f"{name}.scales", weights.scales),
+        ]
+        if weights.zero_points is not None:
+            inputs.append(graph.initializer(f"{name}.zero_points", weights.zero_points))
+        return self._matmul_nbits(inputs, weights, name=name, output=output)
+
+    def _matmul(self, x: str, weight: str, *, name: str, output: str | None = None) -> str:
+        """``x @ weight.T``, weight (out, in)."""
+        return self._graph.contrib(
+            "FusedMatMul", [x, weight], output and [output], name=name, transB=1
+        )
+
+    def _matmul_nbits(
+        self, inputs: Sequence[str], weights: QuantizedMatrix, *, name: str, output: str | None
+    ) -> str:
+        return self._graph.contrib(
+            "MatMulNBits",
+            inputs,
+            output and [output],
+            name=name,
+            K=weights.columns,
+            N=weights.rows,
+            bits=weights.bits,
+            block_size=weights.block_size,
+            accuracy_level=self._accuracy_level,
+        )
+
+    def _sum_blocks(self, x: str, weights: QuantizedMatrix) -> str:
+        """Sums of ``x`` over the blocks of its last axis, once for all that multiply it."""
+        if x not in self._block_sums:
+            blocks, size = weights.scales.shape[1], weights.block_size
+            graph = self._graph
+            split = graph.node(
+                "Reshape", [x, graph.constant([0, 0, blocks, size])], name=f"{x}/split"
+            )
+            self._block_sums[x] = graph.node(
+                "ReduceSum", [split, graph.constant([-1])], name=f"{x}/block_sums", keepdims=0
+            )
+        return self._block_sums[x]
+
+
+def _load_exact(tensor: CheckpointTensor) -> Weights:
+    if tensor.encoding in _FLOAT_ENCODINGS:
+        return tensor.float32()
+    if tensor.encoding in EXACT_ENCODINGS:
+        return repack(tensor.encoding, tensor.blocks())
+    raise UnsupportedModelError(
+        f"precision='exact' was asked for, and tensor {tensor.name!r} is stored as "
+        f"{tensor.encoding}; exact takes {', '.join(sorted(EXACT_PRECISION_ENCODINGS))}. "
+        "Use precision='fp32', which keeps any encoding's values, or 'int8'."
+    )
+
+
+def _block_size(tensor: CheckpointTensor, preferred: Sequence[int]) -> int:
+    columns = tensor.shape[-1]
+    for size in preferred:
+        if columns % size == 0:
+            return size
+    raise UnsupportedModelError(
+        f"Tensor {tensor.name!r} has {columns:,} columns, which blocks of {preferred[-1]} do not "
+        "divide, so that it cannot be quantized. Use precision='fp32'."
+    )
+
+
+def _layout(weights: Weights) -> tuple[object, ...]:
+    """What matrices must agree in to be fused."""
+    if not isinstance(weights, QuantizedMatrix):
+        return ("float",)
+    return (
+        weights.bits,
+        weights.block_size,
+        weights.zero_points is None,
+        weights.offsets is None,
+    )
+
+
+def _fuse(matrices: Sequence[Weights]) -> Weights:
+    quantized = [matrix for matrix in matrices if isinstance(matrix, QuantizedMatrix)]
+    if quantized:
+        return concatenate_rows(quantized)
+    floats = [matrix for matrix in matrices if not isinstance(matrix, QuantizedMatrix)]
+    return floats[0] if len(floats) == 1 else np.concatenate(floats)
