@@ -1,1 +1,83 @@
-"""Runs small language models on whatever accelerator a machine has."""
+"""Runs small language models on whatever accelerator a machine has.
+
+    import phirt
+
+    with phirt.load() as model:
+        print(model.generate([{"role": "user", "content": "Hello!"}]).text)
+
+No runtime is imported until a model is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+
+from phirt._version import __version__
+from phirt.errors import (
+    BackendBrokenError,
+    BackendError,
+    BackendNotInstalledError,
+    BackendRuntimeError,
+    ContextLengthError,
+    DeviceError,
+    DeviceNotAvailableError,
+    DevicePlacementError,
+    GenerationError,
+    ModelError,
+    ModelFormatError,
+    ModelNotFoundError,
+    NonFiniteLogitsError,
+    OutOfMemoryError,
+    PhirtError,
+    SessionClosedError,
+    StoreError,
+    UnknownBackendError,
+    UnsafeModelError,
+    UnsupportedModelError,
+    UnsupportedParameterError,
+)
+from phirt.generation.params import GenerationParams
+from phirt.generation.timings import Timings, Usage
+from phirt.locate import pull
+from phirt.model import Model, load
+from phirt.stream import Generation, Token, TokenLogprobs, TokenStream
+from phirt.types import Progress
+
+__all__ = [
+    "BackendBrokenError",
+    "BackendError",
+    "BackendNotInstalledError",
+    "BackendRuntimeError",
+    "ContextLengthError",
+    "DeviceError",
+    "DeviceNotAvailableError",
+    "DevicePlacementError",
+    "Generation",
+    "GenerationError",
+    "GenerationParams",
+    "Model",
+    "ModelError",
+    "ModelFormatError",
+    "ModelNotFoundError",
+    "NonFiniteLogitsError",
+    "OutOfMemoryError",
+    "PhirtError",
+    "Progress",
+    "SessionClosedError",
+    "StoreError",
+    "Timings",
+    "Token",
+    "TokenLogprobs",
+    "TokenStream",
+    "UnknownBackendError",
+    "UnsafeModelError",
+    "UnsupportedModelError",
+    "UnsupportedParameterError",
+    "Usage",
+    "__version__",
+    "load",
+    "pull",
+]
+
+# A library leaves it to the application where its log goes.
+logging.getLogger("phirt").addHandler(logging.NullHandler())

@@ -48,3 +48,21 @@ def smollm2(model_home: Path) -> Iterator[phirt.Model]:
         patch.setenv("PHIRT_HOME", str(model_home))
         with phirt.load() as model:
             yield model
+
+
+@pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random llama of 2 layers, in GGUF."""
+    from tests.tiny_gguf import write_tiny_llama_gguf
+
+    path = tmp_path_factory.mktemp("tiny") / "tiny-llama.gguf"
+    return write_tiny_llama_gguf(path, context_length=2048)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[phirt.Model]:
+    """The random llama on the CPU in fp32: fast, and as real as the large one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PHIRT_HOME", str(tmp_path_factory.mktemp("tiny-home")))
+        with phirt.load(tiny_gguf, precision="fp32") as model:
+            yield model

@@ -301,6 +301,8 @@ class OrtSession(BaseSession):
         self._token_value = model.ort.OrtValue.ortvalue_from_numpy(self._token)
         self._logits = np.zeros((1, 1, spec.vocab_size), model.logits_dtype)
         self._logits_value = model.ort.OrtValue.ortvalue_from_numpy(self._logits)
+        self._keep = np.ones(1, np.int64)
+        self._keep_value = model.ort.OrtValue.ortvalue_from_numpy(self._keep)
         # What the binding holds now, so that a step rebinds only what changes.
         self._bound_token = False
         self._bound_logits = False
@@ -341,7 +343,10 @@ class OrtSession(BaseSession):
         model, binding = self._model, self._binding
         keep = count if every_position else 1
         if model.can_keep_logits and keep != self._bound_keep:
-            binding.bind_cpu_input(_KEEP_INPUT, np.array([keep], np.int64))
+            # An input with a default is bound as a value: binding it by its array looks
+            # for it among the required inputs only.
+            self._keep[0] = keep
+            binding.bind_ortvalue_input(_KEEP_INPUT, self._keep_value)
             self._bound_keep = keep
         one_row = count == 1 or (not every_position and model.prunes_logits)
         if not one_row:
