@@ -160,7 +160,20 @@ def _print_json(model: Model, prompt: str | list[ChatMessage], overrides: dict[s
 def _report(result: Generation) -> None:
     if result.finish_reason == "context":
         _LOG.warning("the answer ends here because the model's context is full")
-    _LOG.info("%s, %s, finished: %s", result.usage, result.timings, result.finish_reason)
+    usage, timings = result.usage, result.timings
+    _LOG.info(
+        "%d prompt tokens, %d of them cached; first token after %s; %d tokens at %s; finished: %s",
+        usage.prompt_tokens,
+        usage.cached_tokens,
+        _unless_none(timings.ttft_s, "{:.3f} s"),
+        usage.completion_tokens,
+        _unless_none(timings.decode_tokens_per_s, "{:.1f} tokens/s"),
+        result.finish_reason,
+    )
+
+
+def _unless_none(value: float | None, form: str) -> str:
+    return "(not measured)" if value is None else form.format(value)
 
 
 def _chat(model: Model, overrides: dict[str, Any]) -> None:

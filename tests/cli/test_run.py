@@ -190,4 +190,6 @@ def test_an_answer_cut_by_the_context_says_so(phirt_run):
 
 def test_verbose_tells_what_ran_where(phirt_run):
     assert phirt_run("x").err == ""
-    assert "fake on cpu through scripted" in phirt_run("x", "-v").err
+    told = phirt_run("x", "-v").err
+    assert "fake on cpu through scripted" in told
+    assert "first token after 0.250 s; 4 tokens at (not measured); finished: stop" in told
