@@ -58,8 +58,8 @@ class ProgressBars:
 
 
 def _start() -> rich.progress.Progress:
-    import rich.console  # noqa: PLC0415  (see ProgressBars)
-    import rich.progress as columns  # noqa: PLC0415
+    import rich.console
+    import rich.progress as columns
 
     bars = columns.Progress(
         columns.TextColumn("{task.description}"),
