@@ -37,6 +37,9 @@ _MAX_NESTING = 64
 _MAX_RANK = 32
 _MAX_DIM_FIELD_BYTES = 10 * _MAX_RANK
 _MAX_TEXT_BYTES = 4096
+# Runtimes unpack a sparse initializer at load. At most 2 GiB of the widest type, as of the
+# dense ones that a graph can embed.
+_MAX_SPARSE_ELEMENTS = 1 << 27
 # Tied weights refer to one region twice; a model that refers to one region a thousand times
 # asks for a thousand copies of it.
 _MAX_REUSE = 4
@@ -160,6 +163,8 @@ class _Checker:
             if kind == "tensor":
                 yield start, end
                 continue
+            if kind == "sparse":
+                self._check_sparse(start, end)
             if depth > _MAX_NESTING:
                 self._fail(f"is nested more than {_MAX_NESTING} deep")
             seen: set[int] = set()
@@ -179,12 +184,10 @@ class _Checker:
                     self._fail(f"is truncated or not an ONNX model: it lacks {missing[0]}")
 
     def _tensor(self, start: int, end: int) -> _Tensor:
-        data, tensor = self._data, _Tensor()
+        tensor = _Tensor()
         for item in self._fields(start, end):
             if item.number == 1 and item.wire in {VARINT, BYTES}:
-                if item.end - item.start > _MAX_DIM_FIELD_BYTES or len(tensor.dims) > _MAX_RANK:
-                    self._fail(f"has a tensor of more than {_MAX_RANK} dimensions")
-                tensor.dims.extend(map(signed, packed_varints(data, item)))
+                self._extend_dims(tensor.dims, item)
             elif item.wire == VARINT and item.number == 2:
                 tensor.data_type = item.value
             elif item.wire == VARINT and item.number == 14:
@@ -200,6 +203,19 @@ class _Checker:
             elif item.number == 6:
                 tensor.strings += 1
         return tensor
+
+    def _extend_dims(self, dims: list[int], item: Field) -> None:
+        if item.end - item.start > _MAX_DIM_FIELD_BYTES or len(dims) > _MAX_RANK:
+            self._fail(f"has a tensor of more than {_MAX_RANK} dimensions")
+        dims.extend(map(signed, packed_varints(self._data, item)))
+
+    def _check_sparse(self, start: int, end: int) -> None:
+        dims: list[int] = []
+        for item in self._fields(start, end):
+            if item.number == 3 and item.wire in {VARINT, BYTES}:
+                self._extend_dims(dims, item)
+        if any(dim < 0 for dim in dims) or math.prod(dims) > _MAX_SPARSE_ELEMENTS:
+            self._fail(f"has a sparse tensor of the shape {dims}")
 
     def _entry(self, item: Field) -> tuple[str, str]:
         texts = {1: "", 2: ""}

@@ -42,7 +42,7 @@ _LOG_TAIL_BYTES = 1 << 16
 
 _CREDENTIALS = re.compile(r"(://)[^/\s]*@")
 _QUERY = re.compile(r"(://[^\s?]*)\?\S+")
-_PREFIX = re.compile(r"(error|cause):\s*", re.IGNORECASE)
+_PREFIX = re.compile(r"^(error|cause):\s*", re.IGNORECASE)
 _DISK_FULL = ("no space left on device", "disk quota exceeded", "not enough space on the disk")
 
 
@@ -284,7 +284,7 @@ def _last_error(log: str) -> str:
     """The line that says what went wrong, without the credentials of an index's address."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if _PREFIX.match(line)] or lines[-1:]
-    line = _PREFIX.sub("", errors[-1], count=1) if errors else "it said nothing"
+    line = _PREFIX.sub("", errors[-1]) if errors else "it said nothing"
     redacted = _QUERY.sub(r"\1?***", _CREDENTIALS.sub(r"\1***@", line))[:300]
     return redacted if redacted.endswith(".") else redacted + "."
 

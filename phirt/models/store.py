@@ -18,14 +18,15 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import platformdirs
+from typing import TYPE_CHECKING
 
 from phirt.errors import ModelError, StoreError, UnsafeModelError
 from phirt.models.manifest import read_manifest
 from phirt.models.paths import plain_name_fault
 from phirt.models.safe_json import JsonFields, read_json
-from phirt.models.staging import Fill, Find, stage
+
+if TYPE_CHECKING:
+    from phirt.models.staging import Fill, Find
 
 __all__ = ["Store", "is_disk_full"]
 
@@ -48,7 +49,7 @@ class Store:
     """
 
     def __init__(self, root: Path | None = None) -> None:
-        home = root or os.environ.get("PHIRT_HOME") or platformdirs.user_data_path("phirt", False)
+        home = root or os.environ.get("PHIRT_HOME") or _user_data_folder()
         self.root = Path(home).expanduser().absolute()
 
     def find(self, key: str) -> Path | None:
@@ -166,6 +167,8 @@ class Store:
         found = find()
         if found is not None:
             return found
+        # Imported here, with filelock behind it: most uses of a store only look.
+        from phirt.models.staging import stage
 
         def fill_if_it_fits(folder: Path) -> None:
             if shutil.disk_usage(folder).free < needed_bytes:
@@ -193,6 +196,13 @@ class Store:
                     "folder that you may write to."
                 ) from error
             raise
+
+
+def _user_data_folder() -> Path:
+    # Imported here: `import phirt` reaches this module, and should stay quick.
+    import platformdirs
+
+    return platformdirs.user_data_path("phirt", appauthor=False)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -257,6 +257,14 @@ def test_embedded_tensors_of_every_encoding_pass(folder, tensor):
     check(folder, onnx_model(external_tensor(), tensor))
 
 
+@pytest.mark.parametrize("dims", [[10**12], [1 << 20, 1 << 20], [-1]])
+def test_m12_sparse_tensors_that_unpack_beyond_the_budget_are_refused(folder, dims):
+    model = onnx_model()
+    model.graph.sparse_initializer.add(dims=dims).values.CopyFrom(external_tensor())
+    with pytest.raises(ModelFormatError, match="sparse tensor of the shape"):
+        check(folder, model)
+
+
 def test_m12_one_region_claimed_many_times_is_refused(folder):
     tensors = [external_tensor(f"w{index}") for index in range(1000)]
     with pytest.raises(ModelFormatError, match="claims 96,000 bytes of weights from files"):
