@@ -61,7 +61,7 @@ class Tokenizer:
                 f"Tokenizer file '{path}' has {size:,} bytes; the most that phirt reads is "
                 f"{_MAX_FILE_BYTES:,}."
             )
-        import tokenizers  # noqa: PLC0415  `import phirt` stays light
+        import tokenizers  # `import phirt` stays light
 
         try:
             return cls(tokenizers.Tokenizer.from_buffer(path.read_bytes()))
