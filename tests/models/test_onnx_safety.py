@@ -296,7 +296,7 @@ def test_m9_flipped_bits_pass_or_are_a_typed_error(folder):
     write_onnx(folder, onnx_model())
     choose = random.Random(0)  # noqa: S311 - a fixed sequence of faults
     refused = 0
-    for _ in range(2000):
+    for _ in range(500):
         damaged = bytearray(whole)
         for _ in range(choose.randint(1, 4)):
             damaged[choose.randrange(len(whole))] ^= 1 << choose.randrange(8)
@@ -305,7 +305,7 @@ def test_m9_flipped_bits_pass_or_are_a_typed_error(folder):
             check_onnx_files(folder, "model.onnx")
         except ModelError:
             refused += 1
-    assert refused > 1000
+    assert refused > 250
 
 
 def test_a_graph_in_several_parts_is_refused(folder):
