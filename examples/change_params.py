@@ -9,7 +9,7 @@ with phirt.load() as model:
             print(token.text, end="", flush=True)
             # From 1.0 down to greedy over the first 20 tokens.
             temperature = max(0.0, 1.0 - count / 20)
-            stop = "." if count > 40 else ()
+            stop = "." if count > 20 else ()
             stream.params = params.merge(temperature=temperature, stop=stop)
 
 print(f"\nended by {stream.result.finish_reason!r}")

@@ -3,7 +3,7 @@
 import phirt
 from phirt.types import ChatMessage
 
-TURNS = ["My name is Ada. What is the capital of France?", "And of Italy?", "What is my name?"]
+TURNS = ["What is the capital of France?", "Which river runs through it?", "Name a museum there."]
 
 history: list[ChatMessage] = []
 with phirt.load() as model:
