@@ -80,7 +80,7 @@ def tests(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The documentation, with every warning and every dangling reference an error."""
     install(session, "docs")
-    build = ["sphinx-build", "-W", "-n", "--keep-going", "-b", "html"]
+    build = ["sphinx-build", "-q", "-W", "-n", "--keep-going", "-b", "html"]
     session.run(*build, "docs", "docs/_build/html")
 
 

@@ -124,7 +124,7 @@ class TerminalModel(FakeModel):
 
 
 if __name__ == "__main__":
-    if os.name == "posix" and os.environ.get("PHIRT_TEST_TERMINAL"):
+    if sys.platform != "win32" and os.environ.get("PHIRT_TEST_TERMINAL"):
         # The tests' pseudo terminal becomes this session's own, so that ^C is a signal.
         import fcntl
         import termios

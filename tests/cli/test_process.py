@@ -80,6 +80,7 @@ class Terminal:
     """A pseudo terminal with the command line in it."""
 
     def __init__(self, *arguments: str, **variables: str) -> None:
+        assert sys.platform != "win32"
         import pty
 
         self._master, slave = pty.openpty()
