@@ -226,10 +226,10 @@ def quantize_int8(weights: FloatArray, *, block_size: int) -> QuantizedMatrix:
 
 
 def quantize_int4(weights: FloatArray, *, block_size: int) -> QuantizedMatrix:
-    """Round to 16 levels with the scale and zero point of least squared error, per block.
+    """Round to 16 levels, with the scale of least squared error that a search finds, per block.
 
-    The search is over a grid of zero points and of fractions of the block's range; the
-    scale that fits a candidate's integers best follows by least squares.
+    The zero point is that of the block's range. Candidates step by a fraction of the range;
+    the scale that fits a candidate's integers best follows by least squares.
 
     Args:
         weights: Shape (rows, columns), columns a multiple of ``block_size``.
@@ -258,39 +258,37 @@ def _quantize_int8(blocks: FloatArray) -> QuantizedMatrix:
     )
 
 
-# Fractions of a block's range that the search tries to spend its 16 levels on: clipping
-# one outlier is often cheaper than coarse steps for the other 31 values.
-_RANGE_FRACTIONS = np.linspace(0.72, 1.0, 15, dtype=np.float32)
+# Fractions of a block's range that the search spends its 16 levels on. Below 1 it clips an
+# outlier, which is often cheaper than coarse steps for the other 31 values; above 1 it moves
+# the grid. On SmolLM2's layers the squared error is 1 % above that of 123 candidates, among
+# them other zero points, and a quarter below that of no search.
+_RANGE_FRACTIONS = np.linspace(0.7, 1.2, 11, dtype=np.float32)
 
 
 def _quantize_int4(blocks: FloatArray) -> QuantizedMatrix:
     low = np.minimum(blocks.min(axis=-1), 0)  # Zero lies in the range: a zero point needs it.
     high = np.maximum(blocks.max(axis=-1), 0)
+    step = (high - low) / 15
+    zero = np.rint(-low * _reciprocal(step))
     best_gain = np.full(low.shape, -1, np.float32)
     best_scale = np.zeros_like(low)
-    best_zero = np.zeros_like(low)
     for fraction in _RANGE_FRACTIONS:
-        reciprocal = _reciprocal((high - low) * (fraction / 15))
-        middle = np.rint(-low * fraction * reciprocal)
-        for shift in (-1, 0, 1):
-            zero = np.clip(middle + shift, 0, 15)
-            steps = _round_int4(blocks, reciprocal, zero)
-            # Least squares: with the best scale p / e for these integers, the squared error
-            # is |blocks|^2 - p^2 / e, where p = steps . blocks and e = steps . steps.
-            product = np.einsum("rbi,rbi->rb", steps, blocks)
-            scale = product * _reciprocal(np.einsum("rbi,rbi->rb", steps, steps))
-            gain = product * scale
-            better = gain > best_gain
-            best_gain = np.where(better, gain, best_gain)
-            best_scale = np.where(better, scale, best_scale)
-            best_zero = np.where(better, zero, best_zero)
-    steps = _round_int4(blocks, _reciprocal(best_scale), best_zero)
+        steps = _round_int4(blocks, _reciprocal(step * fraction), zero)
+        # Least squares: with the best scale p / e for these integers, the squared error is
+        # |blocks|^2 - p^2 / e, where p = steps . blocks and e = steps . steps.
+        product = np.einsum("rbi,rbi->rb", steps, blocks)
+        scale = product * _reciprocal(np.einsum("rbi,rbi->rb", steps, steps))
+        gain = product * scale
+        better = gain > best_gain
+        best_gain = np.where(better, gain, best_gain)
+        best_scale = np.where(better, scale, best_scale)
+    steps = _round_int4(blocks, _reciprocal(best_scale), zero)
     return QuantizedMatrix(
         bits=4,
         block_size=blocks.shape[-1],
-        values=_pack((steps + best_zero[:, :, None]).astype(np.uint8)),
+        values=_pack((steps + zero[:, :, None]).astype(np.uint8)),
         scales=best_scale,
-        zero_points=_pack(best_zero.astype(np.uint8)),
+        zero_points=_pack(zero.astype(np.uint8)),
     )
 
 
