@@ -36,8 +36,10 @@ if TYPE_CHECKING:
 __all__ = ["ChatTemplate"]
 
 _MAX_SOURCE = 128 * 1024  # characters; the longest of published models have about 30,000
-_MAX_NODES = 20_000
+_MAX_NODES = 12_000
 _MAX_DEPTH = 100
+# jinja2's compiler copies the table of names for each branch and scope.
+_MAX_NAMES_TIMES_SCOPES = 500_000
 
 # Names of the filters that are put into a syntax tree. No template can write them: they hold
 # a space; and none can name them at run time: see `guard.check_filter_name`.
@@ -133,7 +135,7 @@ class ChatTemplate:
 
         try:
             return _render(self._template, context)
-        except UnsafeModelError:
+        except (UnsafeModelError, ModelFormatError):
             raise
         except functions.RefusedError as error:
             raise ValueError(
@@ -213,8 +215,14 @@ def _checked_nodes(tree: nodes.Template) -> list[nodes.Node]:
                 raise guard.unsafe_attribute(node.attr)
         level = [child for node in level for child in node.iter_child_nodes()]
         if not level:
-            return found
-    raise exceeded("nesting", f"{_MAX_DEPTH} levels")
+            break
+    else:
+        raise exceeded("nesting", f"{_MAX_DEPTH} levels")
+    names = {node.name for node in found if isinstance(node, nodes.Name)}
+    scopes = sum(isinstance(node, nodes.Stmt | nodes.CondExpr) for node in found)
+    if len(names) * scopes > _MAX_NAMES_TIMES_SCOPES:
+        raise exceeded("names times statements", f"{_MAX_NAMES_TIMES_SCOPES:,}")
+    return found
 
 
 def _add_payments(found: list[nodes.Node]) -> None:

@@ -9,7 +9,8 @@ batch calls: those start a thread pool, which makes a later fork warn and lose p
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,23 @@ __all__ = ["Tokenizer"]
 
 # The largest tokenizer.json of a published model (vocabularies of 260,000) has about 35 MB.
 _MAX_FILE_BYTES = 256 * 2**20
+
+
+@contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """Turn the library's own errors into `ModelFormatError`, but not those of ids as arguments.
+
+    It raises plain Exception and, where a damaged file contradicts itself, a Rust panic,
+    which is a BaseException of a class that it does not export.
+    """
+    try:
+        yield
+    except (TypeError, OverflowError):
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise ModelFormatError(f"{what}: {error}. Convert or download the model again.") from error
 
 
 class Tokenizer:
@@ -63,17 +81,8 @@ class Tokenizer:
             )
         import tokenizers  # `import phirt` stays light
 
-        try:
+        with _library_errors(f"Tokenizer file '{path}' cannot be read"):
             return cls(tokenizers.Tokenizer.from_buffer(path.read_bytes()))
-        except BaseException as error:
-            # The library raises plain Exception, and on some damaged files a Rust panic, which
-            # is a BaseException of a class that it does not export.
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise ModelFormatError(
-                f"Tokenizer file '{path}' cannot be read: {error}. "
-                "Convert or download the model again."
-            ) from error
 
     @property
     def vocab_size(self) -> int:
@@ -108,12 +117,8 @@ class Tokenizer:
                 "that is not a character. Decode its source with the right encoding, or "
                 "errors='replace'."
             ) from error
-        try:
+        with _library_errors("The model's tokenizer cannot encode the text"):
             return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        except Exception as error:  # the library raises plain Exception
-            raise ModelFormatError(
-                f"The model's tokenizer cannot encode the text: {error}."
-            ) from error
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids, as they stand: spaces are not cleaned up.
@@ -125,9 +130,11 @@ class Tokenizer:
         Raises:
             TypeError: An id is not an integer.
             ValueError: An id is negative or above 2**32 - 1.
+            ModelFormatError: The tokenizer's decoder fails on these tokens.
         """
         try:
-            return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
+            with _library_errors("The model's tokenizer cannot decode the ids"):
+                return self._backend.decode(token_ids, skip_special_tokens=skip_special_tokens)
         except OverflowError as error:
             raise ValueError(
                 f"token ids must lie in 0 to 2**32 - 1; found {min(token_ids)} to {max(token_ids)}."
