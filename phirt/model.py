@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, cast
 
-from phirt.dispatch.select import Selection, load_artifact
+from phirt.dispatch.select import Selection, check_available, load_artifact
 from phirt.errors import SessionClosedError, UnsupportedModelError
 from phirt.generation.loop import DecodeLoop
 from phirt.generation.params import GenerationParams
@@ -65,6 +65,7 @@ def load(
     """
     if threads is not None and threads < 1:
         raise ValueError(f"threads={threads} must be at least 1, or None")
+    check_available(device=device, backend=backend)
     place = locate(model, precision=precision, offline=offline, progress=progress)
     # Loading begins here: a download or a conversion happens once, and is not part of it.
     started = time.perf_counter()

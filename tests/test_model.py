@@ -147,6 +147,12 @@ class TestLoad:
         with pytest.raises(error, match=message):
             phirt.load(tiny_model.path, **options)
 
+    @pytest.mark.parametrize("options", [{"device": "cuda"}, {"backend": "none"}])
+    def test_what_cannot_work_is_refused_before_a_model_is_fetched(self, options, monkeypatch):
+        monkeypatch.setattr("phirt.model.locate", lambda *_, **__: pytest.fail("fetched"))
+        with pytest.raises(phirt.PhirtError):
+            phirt.load(**options)
+
     def test_a_folder_in_another_precision(self, tiny_model):
         with pytest.raises(ValueError, match="built with"):
             phirt.load(tiny_model.path, precision="int8")

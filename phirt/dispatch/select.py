@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from phirt.devices.names import DeviceName
 from phirt.dispatch.registry import backend_names, get_backend
 from phirt.errors import (
+    BackendBrokenError,
     BackendError,
+    BackendNotInstalledError,
     DeviceError,
     DeviceNotAvailableError,
     UnsupportedModelError,
@@ -19,12 +21,15 @@ from phirt.errors import (
 from phirt.protocols import LoadedModel, LoadOptions, Reject
 from phirt.types import Artifact
 
-__all__ = ["Selection", "load_artifact"]
+__all__ = ["Selection", "check_available", "load_artifact"]
 
 _logger = logging.getLogger("phirt")
 
 # What "auto" tries, in order. A device enters this list with the backend that drives it.
 _AUTO_DEVICES = ("cpu",)
+
+# What a probe says of a device that a load may be tried on.
+_USABLE = ("found", "loads", "ran")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,38 @@ class Selection:
     device: str
     loaded: LoadedModel
     reasons: tuple[str, ...]
+
+
+def check_available(*, device: str, backend: str) -> None:
+    """Refuse what cannot work on this machine, before a model is fetched for it.
+
+    Args:
+        device: A device name, or ``"auto"``.
+        backend: A backend name, or ``"auto"``.
+
+    Raises:
+        UnknownBackendError: No such backend.
+        BackendNotInstalledError: The runtimes that could do it are not installed.
+        BackendBrokenError: One is installed, and does not import.
+        DeviceNotAvailableError: No runtime here offers the device.
+        ValueError: ``device`` is malformed.
+    """
+    wanted = DeviceName.parse(device)
+    names = backend_names() if backend == "auto" else [backend]
+    offered = [found for name in names for found in get_backend(name).probe()]
+    if wanted.kind != "auto":
+        known = sorted({found.device for found in offered})
+        offered = [found for found in offered if found.device == str(wanted)]
+        if not offered:
+            raise DeviceNotAvailableError(
+                f"Device '{wanted}' is not available to {_which(names)}, which offers: "
+                f'{", ".join(known) or "none"}. Pass one of these, or device="auto".'
+            )
+    if any(found.status in _USABLE for found in offered):
+        return
+    reasons = " ".join(found.reason for found in offered) or "No backend is registered."
+    broken = any(found.status == "broken" for found in offered)
+    raise (BackendBrokenError if broken else BackendNotInstalledError)(reasons)
 
 
 def load_artifact(
@@ -104,6 +141,11 @@ def _nothing_fits(
         return BackendError(f"No backend could load {artifact.name!r}: {tried}")
     reasons = " ".join(rejected)
     if wanted.kind not in ("auto", *_AUTO_DEVICES):
-        which = f"backend {names[0]!r}" if len(names) == 1 else "any backend"
-        return DeviceNotAvailableError(f"Device '{wanted}' is not available to {which}: {reasons}")
+        return DeviceNotAvailableError(
+            f"Device '{wanted}' is not available to {_which(names)}: {reasons}"
+        )
     return UnsupportedModelError(f"No backend can run {artifact.name!r}: {reasons}")
+
+
+def _which(names: list[str]) -> str:
+    return f"backend {names[0]!r}" if len(names) == 1 else "any backend"

@@ -4,6 +4,7 @@ import pytest
 
 from phirt.dispatch import select
 from phirt.errors import (
+    BackendBrokenError,
     BackendError,
     BackendNotInstalledError,
     DeviceNotAvailableError,
@@ -12,7 +13,7 @@ from phirt.errors import (
     UnknownBackendError,
     UnsupportedModelError,
 )
-from phirt.protocols import Accept, LoadOptions, Reject
+from phirt.protocols import Accept, Availability, LoadOptions, Reject
 from phirt.types import Artifact
 from tests.fakes import FakeModel
 
@@ -29,14 +30,15 @@ ARTIFACT = Artifact(
 class FakeBackend:
     name = "fake"
 
-    def __init__(self, *, devices=("cpu",), error=None):
+    def __init__(self, *, devices=("cpu",), error=None, status="found"):
+        self.status = status
         self.devices = devices
         self.error = error
         self.model = FakeModel()
         self.seen = []
 
     def probe(self):
-        return []
+        return [Availability(d, self.status, f"{d} is {self.status}") for d in self.devices]
 
     def accepts(self, artifact, device):
         return Accept() if device in self.devices else Reject(f"no {device} here", "Buy one.")
@@ -145,3 +147,29 @@ def test_a_damaged_model_is_nobodys_fallback(backends):
     with pytest.raises(ModelFormatError, match="damaged"):
         load()
     assert second.seen == []
+
+
+class TestBeforeAModelIsFetched:
+    def test_a_device_that_is_there(self, backends):
+        backends(missing=FakeBackend(status="missing"), good=FakeBackend())
+        select.check_available(device="auto", backend="auto")
+        select.check_available(device="cpu", backend="good")
+
+    def test_a_device_that_no_runtime_offers(self, backends):
+        backends(only=FakeBackend(devices=("cpu", "npu")))
+        with pytest.raises(DeviceNotAvailableError, match=r"'cuda'.*'only'.*offers: cpu, npu"):
+            select.check_available(device="cuda", backend="auto")
+
+    @pytest.mark.parametrize(
+        ("status", "error"),
+        [("missing", BackendNotInstalledError), ("broken", BackendBrokenError)],
+    )
+    def test_a_runtime_that_is_not_usable(self, backends, status, error):
+        backends(only=FakeBackend(status=status))
+        with pytest.raises(error, match=f"cpu is {status}"):
+            select.check_available(device="cpu", backend="auto")
+
+    def test_an_unknown_backend(self, backends):
+        backends(known=FakeBackend())
+        with pytest.raises(UnknownBackendError):
+            select.check_available(device="auto", backend="unknown")
