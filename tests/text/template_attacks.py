@@ -11,6 +11,8 @@ import json
 import sys
 import time
 
+import psutil
+
 __all__ = ["ATTACKS", "ESCAPES"]
 
 
@@ -322,26 +324,26 @@ def _render(source: str) -> tuple[str | None, str]:
         return type(error).__name__, str(error)
 
 
-def _peak_mib() -> float:
-    import psutil
+if sys.platform == "win32":
 
-    with contextlib.suppress(ImportError):  # Windows has no resource, and psutil no peak elsewhere
-        import resource
+    def _peak_mib() -> float:
+        return float(psutil.Process().memory_info().peak_wset) / 2**20
 
+    def _limit_memory(extra: int) -> None:
+        """Windows sets no such limit; the peak is asserted all the same."""
+
+else:
+    import resource
+
+    def _peak_mib() -> float:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (2**20 if sys.platform == "darwin" else 2**10)
-    return float(psutil.Process().memory_info().peak_wset) / 2**20
 
-
-def _limit_memory(extra: int) -> None:
-    """Let the process grow by ``extra`` bytes at most, where that can be set."""
-    import psutil
-
-    with contextlib.suppress(ImportError, ValueError, OSError):
-        import resource
-
+    def _limit_memory(extra: int) -> None:
+        """Let the process grow by ``extra`` bytes at most; macOS takes the limit and ignores it."""
         size = psutil.Process().memory_info().vms + extra
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+        with contextlib.suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 
 def main() -> None:
