@@ -143,7 +143,7 @@ class TokenStream:
             self._loop.params = params
             if self._loop.stop_strings != old:
                 # What was held back is judged again, by the new rules.
-                self._held += self._stops.flush()
+                self._held += self._stops.held
                 self._stops = StopStrings(self._loop.stop_strings)
 
     @property
@@ -203,12 +203,7 @@ class TokenStream:
         """Run text through the stop strings, and return what is final of it."""
         final, matched = self._stops.add(self._held + text)
         self._held = ""
-        if matched is not None:
-            self._stop = matched
-            self._loop.finish("stop_string")
-            self._stopped_by_text = True
-        self._text.append(final)
-        return final
+        return self._settle(final, matched)
 
     def _flush(self) -> str:
         """The text that was held back, now that no token follows."""
@@ -216,9 +211,16 @@ class TokenStream:
             return ""
         final = self._push(self._detokenizer.flush())
         if not self._stopped_by_text:
-            held = self._stops.flush()
-            self._text.append(held)
-            final += held
+            # A stop string may have been complete already, waiting on a longer one.
+            final += self._settle(self._stops.flush(), self._stops.matched)
+        return final
+
+    def _settle(self, final: str, matched: str | None) -> str:
+        if matched is not None:
+            self._stop = matched
+            self._stopped_by_text = True
+            self._loop.finish("stop_string")
+        self._text.append(final)
         return final
 
 

@@ -106,6 +106,11 @@ class TestStopStrings:
         list(stream)
         assert stream.result.finish_reason == "stop_string"
 
+    def test_one_that_waited_on_a_longer_one_counts_at_the_end(self, make):
+        _, stream = make("abcd", stop=["bcdef", "cd"])
+        assert "".join(texts(stream)) == stream.result.text == "ab"
+        assert (stream.result.finish_reason, stream.result.stop) == ("stop_string", "cd")
+
     def test_new_stop_strings_judge_what_is_held_back(self, make):
         _, stream = make("abXYcd", stop=["XYZ"])
         seen = [next(stream).text for _ in range(4)]
@@ -114,6 +119,12 @@ class TestStopStrings:
         assert "".join(texts(stream)) == ""
         assert stream.result.text == "ab"
         assert stream.result.stop == "XYc"
+
+    def test_a_match_that_waits_is_judged_again_under_new_stop_strings(self, make):
+        _, stream = make("abcdxyz", stop=["bcdef", "cd"])
+        seen = [next(stream).text for _ in range(4)]
+        stream.params = stream.params.merge(stop=["y"])
+        assert "".join([*seen, *texts(stream)]) == stream.result.text == "abcdx"
 
     def test_text_held_back_under_old_stop_strings_is_not_lost(self, make):
         _, stream = make("abXYcd", stop=["XYZ"])

@@ -74,6 +74,11 @@ class StopStrings:
         """The stop string that was found, or None."""
         return self._matched
 
+    @property
+    def held(self) -> str:
+        """The text that may belong to a stop string and was not shown yet."""
+        return self._held
+
     def add(self, text: str) -> tuple[str, str | None]:
         """Read a piece of text.
 
