@@ -48,8 +48,9 @@ def load(
             ``"exact"`` (its own quantized values, repacked), or ``"auto"``. A folder is
             loaded in the precision that it has.
         threads: Threads within one operator; None for the runtime's default.
-        spinning: Whether idle threads spin between two tokens: faster on a machine that
-            does nothing else, rude on one that does. None for the runtime's default.
+        spinning: Whether idle threads spin while they wait for work: True is best on a
+            machine that does nothing else, False on a busy one; None spins briefly, which
+            costs little on either.
         offline: Never touch the network; so does the environment variable
             ``HF_HUB_OFFLINE``.
         progress: Called as a download or a conversion advances.

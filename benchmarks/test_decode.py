@@ -1,0 +1,45 @@
+"""Decode speed on one model file, phirt against other loops, taking turns in one run."""
+
+from __future__ import annotations
+
+import pytest
+
+import phirt
+from benchmarks.alternate import alternate
+from benchmarks.bare_loop import BareLoop
+from benchmarks.rivals import GenaiLoop
+
+NEW_TOKENS = 96
+
+
+@pytest.fixture
+def ours(model, prompt_ids):
+    def run() -> float:
+        result = model.generate(prompt_ids, max_new_tokens=NEW_TOKENS, ignore_eos=True)
+        rate: float | None = result.timings.decode_tokens_per_s
+        assert rate is not None
+        return rate
+
+    return run
+
+
+def test_against_onnxruntime_genai(benchmark, model: phirt.Model, prompt_ids, ours):
+    """Both as they come, with their own defaults for threads and spinning."""
+    rival = GenaiLoop(model.path)
+    result = alternate(benchmark, ours, lambda: rival.decode_rate(prompt_ids, NEW_TOKENS))
+    print(f"\ndecode, phirt against onnxruntime-genai's own loop, tokens/s: {result}")
+    if benchmark.enabled:
+        assert result.ratio >= 1.3
+
+
+def test_against_a_bare_loop(benchmark, model: phirt.Model, prompt_ids, ours):
+    """What phirt's loop costs over the least that decodes at all."""
+    rival = BareLoop(model.path)
+
+    def theirs() -> float:
+        return (NEW_TOKENS - 1) / sum(rival.decode_seconds(prompt_ids, NEW_TOKENS - 1))
+
+    result = alternate(benchmark, ours, theirs)
+    print(f"\ndecode, phirt against a bare IOBinding loop, tokens/s: {result}")
+    if benchmark.enabled:
+        assert result.ratio >= 0.97
