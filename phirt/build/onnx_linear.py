@@ -17,23 +17,24 @@ from phirt.build.checkpoint import Checkpoint, CheckpointTensor
 from phirt.build.onnx_graph import GraphBuilder
 from phirt.build.precision import Precision
 from phirt.build.quantize import (
-    EXACT_ENCODINGS,
     QuantizedMatrix,
     concatenate_rows,
     quantize_int4,
     quantize_int8,
+)
+from phirt.build.repack import (
+    EXACT_ENCODINGS,
+    FOUR_BIT_ENCODINGS,
+    fold_offsets,
     repack,
     split_bytes,
 )
 from phirt.errors import UnsupportedModelError
 from phirt.types import FloatArray
 
-__all__ = ["EXACT_PRECISION_ENCODINGS", "LinearWriter"]
+__all__ = ["LinearWriter"]
 
 _FLOAT_ENCODINGS = frozenset({"F32", "F16", "BF16"})
-
-EXACT_PRECISION_ENCODINGS = EXACT_ENCODINGS | _FLOAT_ENCODINGS
-"""GGML encodings of matrices that the exact precision takes."""
 
 _FLOAT_ACTIVATIONS = 1
 _INT8_ACTIVATIONS = 4
@@ -60,13 +61,12 @@ class LinearWriter:
         self._graph = graph
         self._checkpoint = checkpoint
         self._precision = precision
-        self._accuracy_level = (
-            _FLOAT_ACTIVATIONS if precision is Precision.EXACT else _INT8_ACTIVATIONS
-        )
+        self._is_exact = precision is Precision.EXACT
         self._shareable: dict[str, tuple[str, Weights]] = {}  # embedding -> its node, its weights
         self._block_sums: dict[str, str] = {}  # value -> the sums of its blocks
+        self._extended: dict[str, str] = {}  # value -> the value and the sums of its blocks
 
-    def project(self, x: str, tensors: Sequence[str], *, name: str) -> str:
+    def project(self, x: str, tensors: Sequence[str], *, name: str, sensitive: bool) -> str:
         """Multiply by matrices that share an input; their results lie side by side.
 
         Rows of different matrices do not mix, so that one fused product equals many.
@@ -75,6 +75,7 @@ class LinearWriter:
             x: The input, (batch, positions, in).
             tensors: Names of matrices (out, in) in the checkpoint.
             name: The node's name; weights are named after it.
+            sensitive: Whether rounding them to 4 bits costs much.
 
         Returns:
             The result, (batch, positions, sum of out).
@@ -82,7 +83,9 @@ class LinearWriter:
         Raises:
             UnsupportedModelError: The precision cannot hold one of them.
         """
-        matrices = [self._load(self._checkpoint.tensor(tensor)) for tensor in tensors]
+        matrices = [
+            self._load(self._checkpoint.tensor(tensor), sensitive=sensitive) for tensor in tensors
+        ]
         if len({_layout(matrix) for matrix in matrices}) == 1:
             return self._multiply(x, _fuse(matrices), name=name)
         parts = [
@@ -106,7 +109,7 @@ class LinearWriter:
             UnsupportedModelError: The precision cannot hold it.
         """
         source = self._checkpoint.tensor(tensor)
-        weights = self._load(source, sensitive=True)
+        weights = self._load(source, sensitive=True, gathered=True)
         if self._multiplies_as_stored(weights):
             self._shareable[tensor] = (name, weights)
         if isinstance(weights, QuantizedMatrix) and weights.offsets is not None:
@@ -157,24 +160,31 @@ class LinearWriter:
         return weights.offsets is None and not self._must_split(weights)
 
     def _must_split(self, weights: QuantizedMatrix) -> bool:
-        return weights.bits == 8 and self._accuracy_level == _FLOAT_ACTIVATIONS
+        return weights.bits == 8 and self._is_exact
 
-    def _load(self, tensor: CheckpointTensor, *, sensitive: bool = False) -> Weights:
+    def _load(
+        self, tensor: CheckpointTensor, *, sensitive: bool, gathered: bool = False
+    ) -> Weights:
         """Read a matrix in the form that the precision gives it.
 
         Args:
             tensor: The matrix.
-            sensitive: Whether it keeps 8 bits where layers have 4. The LM head does: its
-                error reaches the logits directly.
+            sensitive: Whether it is rounded to 8 bits where others are to 4.
+            gathered: Whether rows are gathered from it, which knows no offsets.
         """
         if self._precision is Precision.FP32:
             return tensor.float32()
         if self._precision is Precision.EXACT:
             return _load_exact(tensor)
-        if self._precision is Precision.INT4 and not sensitive:
-            return quantize_int4(
-                tensor.float32(), block_size=_block_size(tensor, _INT4_BLOCK_SIZES)
-            )
+        if self._precision is Precision.INT4:
+            if tensor.encoding in FOUR_BIT_ENCODINGS:
+                own = repack(tensor.encoding, tensor.blocks())
+                if own.offsets is None or not gathered:
+                    return own
+            if not sensitive:
+                return quantize_int4(
+                    tensor.float32(), block_size=_block_size(tensor, _INT4_BLOCK_SIZES)
+                )
         return quantize_int8(tensor.float32(), block_size=_block_size(tensor, _INT8_BLOCK_SIZES))
 
     def _multiply(self, x: str, weights: Weights, *, name: str, output: str | None = None) -> str:
@@ -187,6 +197,10 @@ class LinearWriter:
             twice = graph.node("Concat", [x, x], name=f"{name}/twice", axis=-1)
             return self._multiply(twice, split_bytes(weights), name=name, output=output)
         if weights.offsets is not None:
+            folded = None if self._is_exact else fold_offsets(weights)
+            if folded is not None:
+                extended = self._extend_by_block_sums(x, weights)
+                return self._multiply(extended, folded, name=name, output=output)
             plain = self._multiply(x, replace(weights, offsets=None), name=f"{name}/blocks")
             offsets = graph.initializer(f"{name}.offsets", weights.offsets)
             shift = self._matmul(self._sum_blocks(x, weights), offsets, name=f"{name}/offsets")
@@ -218,8 +232,15 @@ class LinearWriter:
             N=weights.rows,
             bits=weights.bits,
             block_size=weights.block_size,
-            accuracy_level=self._accuracy_level,
+            accuracy_level=_FLOAT_ACTIVATIONS if self._is_exact else _INT8_ACTIVATIONS,
         )
+
+    def _extend_by_block_sums(self, x: str, weights: QuantizedMatrix) -> str:
+        """``[x, block_sums(x)]``, once for all that multiply it."""
+        if x not in self._extended:
+            sums = self._sum_blocks(x, weights)
+            self._extended[x] = self._graph.node("Concat", [x, sums], name=f"{x}/extended", axis=-1)
+        return self._extended[x]
 
     def _sum_blocks(self, x: str, weights: QuantizedMatrix) -> str:
         """Sums of ``x`` over the blocks of its last axis, once for all that multiply it."""
@@ -242,7 +263,7 @@ def _load_exact(tensor: CheckpointTensor) -> Weights:
         return repack(tensor.encoding, tensor.blocks())
     raise UnsupportedModelError(
         f"precision='exact' was asked for, and tensor {tensor.name!r} is stored as "
-        f"{tensor.encoding}; exact takes {', '.join(sorted(EXACT_PRECISION_ENCODINGS))}. "
+        f"{tensor.encoding}; exact takes {', '.join(sorted(EXACT_ENCODINGS | _FLOAT_ENCODINGS))}. "
         "Use precision='fp32', which keeps any encoding's values, or 'int8'."
     )
 

@@ -1,15 +1,14 @@
-"""Block quantization as MatMulNBits stores it: packing, exact repacking, rounding.
+"""Block quantization as MatMulNBits stores it: the layout, and rounding to it.
 
 A matrix of shape (rows, columns) is cut along its columns into blocks. Block ``k`` of row
 ``n`` keeps unsigned integers ``q``, one float scale ``s`` and a zero point ``z``::
 
     w = s * (q - z)  [+ offset]
 
-``z`` is ``2 ** (bits - 1)`` where none is stored. MatMulNBits has no offset; a matrix that
-needs one (Q4_1, whose block minimum is any float) is multiplied as
-``x @ (s * (q - z)).T + block_sums(x) @ offsets.T``, which is exact.
-
-GGML's block layouts: ``block_q4_0`` and its neighbours in ggml's ``ggml-common.h``.
+``z`` is ``2 ** (bits - 1)`` where none is stored. MatMulNBits has no offset; a matrix with
+one (Q4_1, whose block minimum is any float) is multiplied as
+``x @ (s * (q - z)).T + block_sums(x) @ offsets.T``, which is exact, or in one product after
+`phirt.build.repack.fold_offsets`, which rounds the offsets.
 """
 
 from __future__ import annotations
@@ -24,18 +23,14 @@ from numpy.typing import NDArray
 from phirt.types import FloatArray
 
 __all__ = [
-    "EXACT_ENCODINGS",
-    "GGML_BLOCK_SIZE",
     "QuantizedMatrix",
     "concatenate_rows",
+    "pack_nibbles",
     "quantize_int4",
     "quantize_int8",
-    "repack",
-    "split_bytes",
+    "quantize_symmetric_int4",
+    "reciprocal",
 ]
-
-GGML_BLOCK_SIZE = 32
-"""Columns that share a scale in Q4_0, Q4_1 and Q8_0."""
 
 Bits = Literal[4, 8]
 Scalar = TypeVar("Scalar", bound=np.generic)
@@ -58,6 +53,7 @@ class QuantizedMatrix:
         zero_points: Packed like ``values``, shape (rows, ceil(blocks * bits / 8)), or None
             for ``2 ** (bits - 1)`` everywhere.
         offsets: What is added to every weight of a block, shape (rows, blocks), or None.
+        padding: Columns at the end of the last block that the matrix does not have.
     """
 
     bits: Bits
@@ -66,6 +62,7 @@ class QuantizedMatrix:
     scales: FloatArray
     zero_points: NDArray[np.uint8] | None = None
     offsets: FloatArray | None = None
+    padding: int = 0
 
     @property
     def rows(self) -> int:
@@ -76,7 +73,7 @@ class QuantizedMatrix:
     def columns(self) -> int:
         """Columns of the matrix: input features."""
         blocks: int = self.scales.shape[1]
-        return blocks * self.block_size
+        return blocks * self.block_size - self.padding
 
     def dequantize(self) -> FloatArray:
         """The weights that the integers stand for, shape (rows, columns)."""
@@ -89,7 +86,7 @@ class QuantizedMatrix:
         weights = (q.astype(np.float32) - zero[:, :, None]) * self.scales[:, :, None]
         if self.offsets is not None:
             weights += self.offsets[:, :, None]
-        return weights.reshape(rows, self.columns)
+        return weights.reshape(rows, -1)[:, : self.columns]
 
 
 def concatenate_rows(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
@@ -113,106 +110,6 @@ def concatenate_rows(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
 def _concatenate_optional(parts: Sequence[NDArray[Scalar] | None]) -> NDArray[Scalar] | None:
     present = [part for part in parts if part is not None]
     return np.concatenate(present) if present else None
-
-
-# --- Exact: the file's own integers ---------------------------------------------------
-
-
-def _float16(blocks: NDArray[np.uint8], start: int) -> FloatArray:
-    """The little-endian float16 at a byte of every block, shape (rows, blocks)."""
-    return (
-        np.ascontiguousarray(blocks[:, :, start : start + 2]).view("<f2")[..., 0].astype(np.float32)
-    )
-
-
-def _interleave_nibbles(blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """From GGML's order of nibbles to MatMulNBits'.
-
-    GGML's byte ``i`` of 16 holds elements ``i`` (low) and ``i + 16`` (high); MatMulNBits'
-    byte ``i`` holds elements ``2 i`` and ``2 i + 1``.
-    """
-    elements = np.concatenate([blocks & _LOW_NIBBLE, blocks >> _NIBBLE], axis=-1)
-    return _pack(elements)
-
-
-def _repack_q4_0(blocks: NDArray[np.uint8]) -> QuantizedMatrix:
-    """``w = d (q - 8)``: a float16 ``d`` and 16 bytes of nibbles."""
-    return QuantizedMatrix(
-        bits=4,
-        block_size=GGML_BLOCK_SIZE,
-        values=_interleave_nibbles(blocks[:, :, 2:]),
-        scales=_float16(blocks, 0),
-    )
-
-
-def _repack_q4_1(blocks: NDArray[np.uint8]) -> QuantizedMatrix:
-    """``w = d q + m = d (q - 8) + (m + 8 d)``: float16 ``d`` and ``m``, 16 bytes of nibbles.
-
-    The sum is exact in float32: both terms are float16 values, 8 d with the same 11 bits,
-    unless they lie more than 13 binary orders apart, where its rounding is below 2**-24.
-    """
-    scales = _float16(blocks, 0)
-    return QuantizedMatrix(
-        bits=4,
-        block_size=GGML_BLOCK_SIZE,
-        values=_interleave_nibbles(blocks[:, :, 4:]),
-        scales=scales,
-        offsets=_float16(blocks, 2) + 8 * scales,
-    )
-
-
-def _repack_q8_0(blocks: NDArray[np.uint8]) -> QuantizedMatrix:
-    """``w = d q``: a float16 ``d`` and 32 signed bytes."""
-    return QuantizedMatrix(
-        bits=8,
-        block_size=GGML_BLOCK_SIZE,
-        values=blocks[:, :, 2:] ^ np.uint8(0x80),  # q + 128, as two's complement has it
-        scales=_float16(blocks, 0),
-    )
-
-
-_REPACKERS: dict[str, tuple[int, Callable[[NDArray[np.uint8]], QuantizedMatrix]]] = {
-    "Q4_0": (18, _repack_q4_0),
-    "Q4_1": (20, _repack_q4_1),
-    "Q8_0": (34, _repack_q8_0),
-}
-
-EXACT_ENCODINGS = frozenset(_REPACKERS)
-"""GGML encodings that `repack` keeps to the last bit."""
-
-
-def repack(encoding: str, rows: NDArray[np.uint8]) -> QuantizedMatrix:
-    """The same weights in MatMulNBits' layout, without rounding.
-
-    Args:
-        encoding: One of `EXACT_ENCODINGS`.
-        rows: The encoded rows, shape (rows, bytes per row).
-    """
-    block_bytes, repacker = _REPACKERS[encoding]
-    return repacker(rows.reshape(rows.shape[0], -1, block_bytes))
-
-
-def split_bytes(matrix: QuantizedMatrix) -> QuantizedMatrix:
-    """An 8-bit matrix as a 4-bit one of twice the columns: first high nibbles, then low.
-
-    ``s (q - 128) = 16 s (high - 8) + s low``, so that ``x @ W.T`` becomes ``[x, x] @ W'.T``,
-    exactly. ONNX Runtime multiplies 8-bit weights quickly only with activations rounded to
-    8 bits; 4-bit weights it multiplies quickly with float activations too.
-    """
-    rows, blocks = matrix.scales.shape
-    zero_points = np.zeros((rows, 2 * blocks), np.uint8)
-    zero_points[:, :blocks] = 8
-    high, low = matrix.values >> _NIBBLE, matrix.values & _LOW_NIBBLE
-    return QuantizedMatrix(
-        bits=4,
-        block_size=matrix.block_size,
-        values=np.concatenate([_pack(high), _pack(low)], axis=1),
-        scales=np.concatenate([16 * matrix.scales, matrix.scales], axis=1),
-        zero_points=_pack(zero_points),
-    )
-
-
-# --- Rounding: any weights --------------------------------------------------------------
 
 
 def quantize_int8(weights: FloatArray, *, block_size: int) -> QuantizedMatrix:
@@ -249,7 +146,7 @@ def _in_row_chunks(
 
 def _quantize_int8(blocks: FloatArray) -> QuantizedMatrix:
     scales = np.abs(blocks).max(axis=-1) / np.float32(127)
-    q = np.rint(blocks * _reciprocal(scales)[:, :, None]).astype(np.int8)
+    q = np.rint(blocks * reciprocal(scales)[:, :, None]).astype(np.int8)
     return QuantizedMatrix(
         bits=8,
         block_size=blocks.shape[-1],
@@ -269,26 +166,43 @@ def _quantize_int4(blocks: FloatArray) -> QuantizedMatrix:
     low = np.minimum(blocks.min(axis=-1), 0)  # Zero lies in the range: a zero point needs it.
     high = np.maximum(blocks.max(axis=-1), 0)
     step = (high - low) / 15
-    zero = np.rint(-low * _reciprocal(step))
+    zero = np.rint(-low * reciprocal(step))
     best_gain = np.full(low.shape, -1, np.float32)
     best_scale = np.zeros_like(low)
     for fraction in _RANGE_FRACTIONS:
-        steps = _round_int4(blocks, _reciprocal(step * fraction), zero)
+        steps = _round_int4(blocks, reciprocal(step * fraction), zero)
         # Least squares: with the best scale p / e for these integers, the squared error is
         # |blocks|^2 - p^2 / e, where p = steps . blocks and e = steps . steps.
         product = np.einsum("rbi,rbi->rb", steps, blocks)
-        scale = product * _reciprocal(np.einsum("rbi,rbi->rb", steps, steps))
+        scale = product * reciprocal(np.einsum("rbi,rbi->rb", steps, steps))
         gain = product * scale
         better = gain > best_gain
         best_gain = np.where(better, gain, best_gain)
         best_scale = np.where(better, scale, best_scale)
-    steps = _round_int4(blocks, _reciprocal(best_scale), zero)
+    steps = _round_int4(blocks, reciprocal(best_scale), zero)
     return QuantizedMatrix(
         bits=4,
         block_size=blocks.shape[-1],
-        values=_pack((steps + zero[:, :, None]).astype(np.uint8)),
+        values=pack_nibbles((steps + zero[:, :, None]).astype(np.uint8)),
         scales=best_scale,
-        zero_points=_pack(zero.astype(np.uint8)),
+        zero_points=pack_nibbles(zero.astype(np.uint8)),
+    )
+
+
+def quantize_symmetric_int4(blocks: FloatArray) -> QuantizedMatrix:
+    """Round to -8..7 steps, the value furthest from zero being the -8th: as Q4_0 does.
+
+    Args:
+        blocks: Shape (rows, blocks, block size).
+    """
+    furthest = np.abs(blocks).argmax(axis=-1)[:, :, None]
+    scales = np.take_along_axis(blocks, furthest, axis=-1)[:, :, 0] / np.float32(-8)
+    steps = np.clip(np.rint(blocks * reciprocal(scales)[:, :, None]), -8, 7)
+    return QuantizedMatrix(
+        bits=4,
+        block_size=blocks.shape[-1],
+        values=pack_nibbles((steps + 8).astype(np.uint8)),
+        scales=scales,
     )
 
 
@@ -299,17 +213,14 @@ def _round_int4(blocks: FloatArray, reciprocal: FloatArray, zero: FloatArray) ->
     return np.clip(rounded, -zero, 15 - zero, out=rounded)
 
 
-def _reciprocal(values: FloatArray) -> FloatArray:
+def reciprocal(values: FloatArray) -> FloatArray:
     """``1 / values``, and 0 where that would overflow: a block of zeros gives zeros."""
     reciprocals: FloatArray = np.zeros_like(values)
     np.divide(1, values, out=reciprocals, where=np.abs(values) >= _SMALLEST_NORMAL)
     return reciprocals
 
 
-# --- Bits ---------------------------------------------------------------------------------
-
-
-def _pack(nibbles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+def pack_nibbles(nibbles: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Pack values below 16 along the last axis, low nibble first, padded with zero."""
     if nibbles.shape[-1] % 2:
         padding = np.zeros((*nibbles.shape[:-1], 1), np.uint8)

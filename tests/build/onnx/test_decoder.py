@@ -92,6 +92,26 @@ class TestPrecisions:
         found = written(checkpoint, tmp_path, precision=Precision(precision)).logits(TOKENS)
         assert 0 < mean_kl(expected, found) < bound
 
+    @pytest.mark.parametrize("encoding", ["Q4_0", "Q4_1"])
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_int4_keeps_blocks_that_have_four_bits(self, encoding, tied, tmp_path):
+        checkpoint = random_llama(tiny(tie_word_embeddings=tied), encoding=encoding)
+        (tmp_path / "fp32").mkdir()
+        expected = written(checkpoint, tmp_path / "fp32").logits(TOKENS)
+        decoder = written(checkpoint, tmp_path, precision=Precision.INT4)
+        for chunk in (None, 1):
+            assert 0 < mean_kl(expected, decoder.logits(TOKENS, chunk=chunk)) < 1e-3
+
+    def test_int4_holds_blocks_that_zero_is_far_from(self, tmp_path):
+        checkpoint = random_llama(encoding="Q4_1")
+        name = "model.layers.0.mlp.up_proj.weight"
+        far = checkpoint.tensor(name).float32() + 5
+        checkpoint.put(name, far, "Q4_1")
+        (tmp_path / "fp32").mkdir()
+        expected = written(checkpoint, tmp_path / "fp32").logits(TOKENS)
+        found = written(checkpoint, tmp_path, precision=Precision.INT4).logits(TOKENS)
+        assert mean_kl(expected, found) < 1e-3
+
     def test_exact_takes_files_that_mix_encodings(self, tmp_path):
         mixed = {"v_proj": "Q8_0", "up_proj": "F16", "embed": "Q8_0", "layers.1.mlp.down": "Q4_0"}
         checkpoint = random_llama(encoding="Q4_1", encodings=mixed)

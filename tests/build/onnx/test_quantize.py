@@ -1,30 +1,19 @@
-"""Block quantization: layouts by hand, exactness, the search against brute force."""
+"""Rounding to blocks: layouts by hand, bounds, and the search against brute force."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
-from gguf.constants import GGMLQuantizationType
-from gguf.quants import dequantize, quantize
 from hypothesis import given
 from hypothesis import strategies as st
 
 from phirt.build.quantize import (
-    EXACT_ENCODINGS,
     QuantizedMatrix,
     concatenate_rows,
     quantize_int4,
     quantize_int8,
-    repack,
-    split_bytes,
+    quantize_symmetric_int4,
 )
-
-
-def encoded(encoding, rows=3, columns=96, seed=0, centre=0.0):
-    values = np.random.default_rng(seed).standard_normal((rows, columns)) + centre
-    kind = GGMLQuantizationType[encoding]
-    blocks = quantize(values.astype(np.float32), kind)
-    return blocks, dequantize(blocks, kind)
 
 
 def squared_error(weights, matrix):
@@ -32,33 +21,6 @@ def squared_error(weights, matrix):
 
 
 class TestLayout:
-    def test_q4_0_bytes_by_hand(self):
-        # One block: d = 0.5; GGML keeps element i in the low and i + 16 in the high nibble.
-        q = np.arange(32) % 16
-        ggml = np.concatenate([np.array([0.5], "<f2").view(np.uint8), q[:16] | (q[16:] << 4)])
-        matrix = repack("Q4_0", ggml.astype(np.uint8)[None])
-        # MatMulNBits keeps neighbours in one byte, the first in the low nibble.
-        assert matrix.values.tolist() == [[[0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 2]]
-        assert matrix.scales.tolist() == [[0.5]]
-        assert matrix.zero_points is None
-        assert matrix.dequantize().tolist() == [((q - 8) * 0.5).tolist()]
-
-    def test_q4_1_offset_by_hand(self):
-        ggml = np.concatenate(
-            [np.array([0.5, -3.25], "<f2").view(np.uint8), np.zeros(16, np.uint8)]
-        )
-        matrix = repack("Q4_1", ggml[None])
-        assert matrix.offsets is not None
-        assert matrix.offsets.tolist() == [[-3.25 + 8 * 0.5]]
-        assert matrix.dequantize().tolist() == [[-3.25] * 32]
-
-    def test_q8_0_bytes_by_hand(self):
-        q = np.arange(-16, 16, dtype=np.int8)
-        ggml = np.concatenate([np.array([2.0], "<f2").view(np.uint8), q.view(np.uint8)])
-        matrix = repack("Q8_0", ggml[None])
-        assert matrix.values.tolist() == [[list(range(112, 144))]]
-        assert matrix.dequantize().tolist() == [(2.0 * q).tolist()]
-
     def test_zero_points_of_an_odd_number_of_blocks_end_in_half_a_byte(self):
         weights = np.tile(np.linspace(-1, 2, 32, dtype=np.float32), (2, 3))
         matrix = quantize_int4(weights, block_size=32)
@@ -71,29 +33,21 @@ class TestLayout:
         assert (matrix.rows, matrix.columns) == (5, 128)
         assert matrix.values.shape == (5, 2, 64)
 
+    @pytest.mark.parametrize("quantizer", [quantize_int4, quantize_int8])
+    def test_fused_rows_are_the_rows(self, quantizer):
+        random = np.random.default_rng(0)
+        parts = [random.standard_normal((rows, 96)).astype(np.float32) for rows in (2, 3)]
+        fused = concatenate_rows([quantizer(part, block_size=32) for part in parts])
+        whole = quantizer(np.concatenate(parts), block_size=32)
+        np.testing.assert_array_equal(fused.dequantize(), whole.dequantize())
 
-class TestExact:
-    @pytest.mark.parametrize("encoding", sorted(EXACT_ENCODINGS))
-    @pytest.mark.parametrize("centre", [0.0, 2.0, -2.0])
-    def test_repacked_weights_are_the_files_own(self, encoding, centre):
-        blocks, weights = encoded(encoding, centre=centre)
-        found = repack(encoding, blocks).dequantize()
-        # Q4_1's d q + m is summed in another order; the others are equal to the last bit.
-        tolerance = 2**-22 * np.abs(weights).max() if encoding == "Q4_1" else 0
-        np.testing.assert_allclose(found, weights, rtol=0, atol=tolerance)
-
-    def test_split_bytes_multiply_the_doubled_input_to_the_same(self):
-        blocks, weights = encoded("Q8_0", rows=4, columns=64)
-        split = split_bytes(repack("Q8_0", blocks)).dequantize()
-        assert split.shape == (4, 128)
-        np.testing.assert_array_equal(split[:, :64] + split[:, 64:], weights)
-
-    def test_fused_rows_are_the_rows(self):
-        parts = [encoded("Q4_1", rows=rows, seed=rows)[0] for rows in (2, 3)]
-        matrices = [repack("Q4_1", part) for part in parts]
-        fused = concatenate_rows(matrices)
-        expected = np.concatenate([matrix.dequantize() for matrix in matrices])
-        np.testing.assert_array_equal(fused.dequantize(), expected)
+    def test_symmetric_int4_by_hand(self):
+        block = np.zeros((1, 1, 32), np.float32)
+        block[0, 0, :3] = [4.0, -3.5, 0.5]  # 4 is the furthest: steps of -0.5, it is the -8th
+        matrix = quantize_symmetric_int4(block)
+        assert matrix.scales.tolist() == [[-0.5]]
+        assert matrix.values[0, 0, :2].tolist() == [0xF0, 0x87]  # 8 - 8, 8 + 7; 8 - 1, 8
+        assert matrix.dequantize()[0, :3].tolist() == [4.0, -3.5, 0.5]
 
 
 class TestInt8:

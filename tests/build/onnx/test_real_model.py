@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from phirt.build.convert import convert_gguf
+from phirt.build.convert import choose_precision, convert_gguf
 from tests.build.onnx.oracle import transformers_logits
 from tests.build.onnx.runtime import OnnxDecoder, mean_kl
 
@@ -34,7 +34,8 @@ def model(smollm2_gguf: Path) -> Any:
 @pytest.fixture(scope="module")
 def folders(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
-    for precision in ("fp32", "exact", "int8"):
+    assert choose_precision(smollm2_gguf) == "int4"
+    for precision in ("fp32", "exact", "int8", "int4"):
         folders[precision] = tmp_path_factory.mktemp(precision)
         convert_gguf(smollm2_gguf, folders[precision], precision=precision)
     return folders
@@ -91,7 +92,8 @@ def test_exact_logits(folders, prompts, expected, chunk):
 
 
 @pytest.mark.parametrize("chunk", [None, 1], ids=["prefill kernels", "decode kernels"])
-def test_the_default_precision_is_close(folders, prompts, expected, chunk):
-    decoder = OnnxDecoder(folders["int8"] / "model.onnx")
+@pytest.mark.parametrize("precision", ["int8", "int4"])
+def test_rounded_precisions_are_close(folders, prompts, expected, precision, chunk):
+    decoder = OnnxDecoder(folders[precision] / "model.onnx")
     found = [decoder.logits(prompt, chunk=chunk) for prompt in prompts]
     assert mean_kl(np.concatenate(expected), np.concatenate(found)) < 0.02
