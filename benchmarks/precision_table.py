@@ -4,7 +4,7 @@
 
 Converts the default model (or ``--source``) to every precision in a temporary folder.
 Speeds come from rounds in which all models take turns, each with the same prompt, so that
-whatever else the machine does hits all alike; ratios are to int8 of the same round. Quality
+whatever else the machine does hits all alike; ratios are to int4 of the same round. Quality
 is teacher-forced on quality_text.txt with both kinds of kernels: prefill runs many rows at
 once, decode one. ``--also`` adds folders made elsewhere, such as Model Builder's.
 """
@@ -35,7 +35,7 @@ from phirt.models.store import Store
 TEXT = Path(__file__).with_name("quality_text.txt")
 PROMPT_TOKENS, DECODE_STEPS, PREFILL_TOKENS = 30, 100, 500
 CHUNKS = {"prefill kernels": 256, "decode kernels": 1}
-BASE = "int8"
+BASE = "int4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +110,11 @@ def measure_speed(
     }
     for turn in range(rounds + 1):
         for name, model in models.items():
-            # The median step: a step during which another process ran is not the model's.
+            # The lower quartile: a step that another process interrupted is not the model's.
             steps = model.decode_seconds(token_ids[:PROMPT_TOKENS], DECODE_STEPS)
             prefill = model.prefill_seconds(token_ids[:PREFILL_TOKENS])
             if turn > 0:  # The first turn warms up.
-                speeds[name]["decode"].append(1 / statistics.median(steps))
+                speeds[name]["decode"].append(1 / float(np.quantile(steps, 0.25)))
                 speeds[name]["prefill"].append(PREFILL_TOKENS / prefill)
     return speeds
 
