@@ -15,7 +15,7 @@ copyright = author
 version = release = phirt.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
-exclude_patterns = ["_build", "precision.md"]  # precision.md is a table that models.md includes
+exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = f"phirt {version}"
 
