@@ -157,17 +157,15 @@ def _genai_config(config: DecoderConfig) -> dict[str, Any]:
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": config.num_kv_heads,
     }
-    # onnxruntime-genai requires an end-of-sequence and a padding id; where a model has none,
-    # an id that greedy text never means is as good as any.
-    eos = list(config.eos_token_ids)
+    ids = _generation_config(config)
+    if config.eos_token_ids:
+        ids.setdefault("pad_token_id", config.eos_token_ids[0])  # as Model Builder does
     return {
         "model": {
             "type": config.architecture,
             "vocab_size": config.vocab_size,
             "context_length": config.context_length,
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": eos,
-            "pad_token_id": config.pad_token_id,
+            **ids,
             "decoder": decoder,
         },
         "search": {

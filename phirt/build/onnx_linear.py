@@ -8,8 +8,8 @@ weights; its ``accuracy_level`` says whether activations stay float (1) or may b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -48,6 +48,21 @@ _INT4_BLOCK_SIZES = (32,)
 Weights = FloatArray | QuantizedMatrix
 
 
+@dataclass(frozen=True, slots=True)
+class _SharedTable:
+    """An embedding that an LM head tied to it can multiply by as it is stored.
+
+    Attributes:
+        node: The embedding's node, after which its weights are named.
+        shape: Shape in which MatMulNBits takes its values; None where they are floats.
+        attributes: MatMulNBits' attributes.
+    """
+
+    node: str
+    shape: tuple[int, ...] | None = None
+    attributes: Mapping[str, int] = field(default_factory=dict)
+
+
 class LinearWriter:
     """Writes the layers that hold a decoder's matrices.
 
@@ -62,7 +77,7 @@ class LinearWriter:
         self._checkpoint = checkpoint
         self._precision = precision
         self._is_exact = precision is Precision.EXACT
-        self._shareable: dict[str, tuple[str, Weights]] = {}  # embedding -> its node, its weights
+        self._shared: dict[str, _SharedTable] = {}  # by the embedding's tensor
         self._block_sums: dict[str, str] = {}  # value -> the sums of its blocks
         self._extended: dict[str, str] = {}  # value -> the value and the sums of its blocks
 
@@ -110,10 +125,14 @@ class LinearWriter:
         """
         source = self._checkpoint.tensor(tensor)
         weights = self._load(source, sensitive=True, gathered=True)
-        if self._multiplies_as_stored(weights):
-            self._shareable[tensor] = (name, weights)
         if isinstance(weights, QuantizedMatrix) and weights.offsets is not None:
             weights = source.float32()  # Gathering knows no offsets.
+        elif not isinstance(weights, QuantizedMatrix):
+            self._shared[tensor] = _SharedTable(name)
+        elif not self._must_split(weights):
+            self._shared[tensor] = _SharedTable(
+                name, shape=weights.values.shape, attributes=self._nbits_attributes(weights)
+            )
         if not isinstance(weights, QuantizedMatrix):
             table = self._graph.initializer(f"{name}.weight", weights)
             return self._graph.node("Gather", [table, token_ids], name=name, axis=0)
@@ -139,25 +158,18 @@ class LinearWriter:
             name: The node's name.
             output: Name of the result, (batch, positions, vocabulary).
         """
-        if tensor not in self._shareable:
+        table = self._shared.get(tensor)
+        if table is None:
             matrix = self._load(self._checkpoint.tensor(tensor), sensitive=True)
             self._multiply(x, matrix, name=name, output=output)
-            return
-        embedding, weights = self._shareable[tensor]
-        if isinstance(weights, QuantizedMatrix):
-            values = self._graph.reshaped(
-                f"{name}.quantized", f"{embedding}.quantized", weights.values.shape
-            )
-            inputs = [x, values, f"{embedding}.scales"]
-            self._matmul_nbits(inputs, weights, name=name, output=output)
+        elif table.shape is None:
+            self._matmul(x, f"{table.node}.weight", name=name, output=output)
         else:
-            self._matmul(x, f"{embedding}.weight", name=name, output=output)
-
-    def _multiplies_as_stored(self, weights: Weights) -> bool:
-        """Whether one operator multiplies by the weights, without another form of them."""
-        if not isinstance(weights, QuantizedMatrix):
-            return True
-        return weights.offsets is None and not self._must_split(weights)
+            values = self._graph.reshaped(
+                f"{name}.quantized", f"{table.node}.quantized", table.shape
+            )
+            inputs = [x, values, f"{table.node}.scales"]
+            self._graph.contrib("MatMulNBits", inputs, [output], name=name, **table.attributes)
 
     def _must_split(self, weights: QuantizedMatrix) -> bool:
         return weights.bits == 8 and self._is_exact
@@ -212,7 +224,13 @@ class LinearWriter:
         ]
         if weights.zero_points is not None:
             inputs.append(graph.initializer(f"{name}.zero_points", weights.zero_points))
-        return self._matmul_nbits(inputs, weights, name=name, output=output)
+        return graph.contrib(
+            "MatMulNBits",
+            inputs,
+            output and [output],
+            name=name,
+            **self._nbits_attributes(weights),
+        )
 
     def _matmul(self, x: str, weight: str, *, name: str, output: str | None = None) -> str:
         """``x @ weight.T``, weight (out, in)."""
@@ -220,20 +238,14 @@ class LinearWriter:
             "FusedMatMul", [x, weight], output and [output], name=name, transB=1
         )
 
-    def _matmul_nbits(
-        self, inputs: Sequence[str], weights: QuantizedMatrix, *, name: str, output: str | None
-    ) -> str:
-        return self._graph.contrib(
-            "MatMulNBits",
-            inputs,
-            output and [output],
-            name=name,
-            K=weights.columns,
-            N=weights.rows,
-            bits=weights.bits,
-            block_size=weights.block_size,
-            accuracy_level=_FLOAT_ACTIVATIONS if self._is_exact else _INT8_ACTIVATIONS,
-        )
+    def _nbits_attributes(self, weights: QuantizedMatrix) -> dict[str, int]:
+        return {
+            "K": weights.columns,
+            "N": weights.rows,
+            "bits": weights.bits,
+            "block_size": weights.block_size,
+            "accuracy_level": _FLOAT_ACTIVATIONS if self._is_exact else _INT8_ACTIVATIONS,
+        }
 
     def _extend_by_block_sums(self, x: str, weights: QuantizedMatrix) -> str:
         """``[x, block_sums(x)]``, once for all that multiply it."""

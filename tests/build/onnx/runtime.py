@@ -35,7 +35,7 @@ class OnnxDecoder:
 
     def reset(self) -> None:
         """Forget every token."""
-        self._past, self.length = dict(self._empty), 0
+        self.cache, self.length = dict(self._empty), 0
 
     def run(self, token_ids: Sequence[int], *, keep: int | None = None) -> FloatArray:
         """Append tokens; return logits (kept positions, vocabulary)."""
@@ -43,13 +43,13 @@ class OnnxDecoder:
         feeds = {
             "input_ids": np.array([token_ids], np.int64),
             "attention_mask": np.ones((1, self.length), np.int64),
-            **self._past,
+            **self.cache,
         }
         if keep is not None:
             feeds["num_logits_to_keep"] = np.array([keep], np.int64)
         results = dict(zip(self._outputs, self.session.run(self._outputs, feeds), strict=True))
         logits: FloatArray = results.pop("logits")[0]
-        self._past = {
+        self.cache = {
             name.replace("present", "past_key_values"): cache for name, cache in results.items()
         }
         return logits

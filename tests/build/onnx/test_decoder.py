@@ -74,6 +74,22 @@ class TestPositions:
         steps = [decoder.run(TOKENS[:25], keep=1), *(decoder.run([t]) for t in TOKENS[25:])]
         np.testing.assert_allclose(np.concatenate(steps), whole[24:], atol=1e-4)
 
+    @pytest.mark.parametrize("precision", [Precision.INT8, Precision.INT4])
+    def test_a_sequence_decodes_alike_alone_and_in_a_batch(self, precision, tmp_path):
+        decoder = written(random_llama(encoding="Q4_1"), tmp_path, precision=precision)
+        prompts = [TOKENS[:5], TOKENS[5:10], TOKENS[10:15]]
+        alone, caches = [], []
+        for prompt in prompts:
+            decoder.reset()
+            decoder.run(prompt)
+            caches.append(decoder.cache)
+            alone.append(decoder.run([7])[0])
+        feeds = {name: np.concatenate([c[name] for c in caches]) for name in caches[0]}
+        feeds["input_ids"] = np.full((3, 1), 7, np.int64)
+        feeds["attention_mask"] = np.ones((3, 6), np.int64)
+        (together,) = decoder.session.run(["logits"], feeds)
+        np.testing.assert_array_equal(together[:, 0], np.stack(alone))
+
     def test_a_window_forgets(self, tmp_path):
         decoder = written(random_llama(tiny(window=4, num_layers=1)), tmp_path)
         last = decoder.run(TOKENS)
