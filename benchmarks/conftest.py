@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 import phirt
+from benchmarks.bare_loop import BareLoop
+from benchmarks.precision_table import TEXT, compare
 
 PROMPT = [{"role": "user", "content": "Write a long story about a dragon and a princess."}]
 
@@ -22,3 +24,14 @@ def model() -> Iterator[phirt.Model]:
 def prompt_ids(model: phirt.Model) -> list[int]:
     """A short chat prompt."""
     return model.encode(PROMPT)
+
+
+@pytest.fixture(scope="session")
+def kl(model: phirt.Model) -> float:
+    """Mean KL divergence of the model from fp32, with the kernels of decode, in nats.
+
+    A speed says nothing without it: both sides of a comparison run this very model.
+    """
+    token_ids = model.encode(TEXT.read_text(encoding="utf-8"))[:600]
+    reference = BareLoop(phirt.pull(precision="fp32")).logits(token_ids, chunk=256)
+    return compare(reference, BareLoop(model.path).logits(token_ids, chunk=1), token_ids).mean_kl

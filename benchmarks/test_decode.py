@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 import phirt
-from benchmarks.alternate import alternate
+from benchmarks.alternate import Comparison, alternate
 from benchmarks.bare_loop import BareLoop
 from benchmarks.rivals import GenaiLoop
 
@@ -23,16 +23,24 @@ def ours(model, prompt_ids):
     return run
 
 
-def test_against_onnxruntime_genai(benchmark, model: phirt.Model, prompt_ids, ours):
+def report(benchmark, model: phirt.Model, rival: str, result: Comparison, kl: float) -> None:
+    benchmark.extra_info["mean_kl_to_fp32"] = round(kl, 4)
+    print(
+        f"\ndecode of {model.name} in {model.precision} (mean KL to fp32 {kl:.4f}), phirt "
+        f"against {rival}, tokens/s: {result}"
+    )
+
+
+def test_against_onnxruntime_genai(benchmark, model: phirt.Model, prompt_ids, ours, kl):
     """Both as they come, with their own defaults for threads and spinning."""
     rival = GenaiLoop(model.path)
     result = alternate(benchmark, ours, lambda: rival.decode_rate(prompt_ids, NEW_TOKENS))
-    print(f"\ndecode, phirt against onnxruntime-genai's own loop, tokens/s: {result}")
+    report(benchmark, model, "onnxruntime-genai's own loop", result, kl)
     if benchmark.enabled:
         assert result.ratio >= 1.3
 
 
-def test_against_a_bare_loop(benchmark, model: phirt.Model, prompt_ids, ours):
+def test_against_a_bare_loop(benchmark, model: phirt.Model, prompt_ids, ours, kl):
     """What phirt's loop costs over the least that decodes at all."""
     rival = BareLoop(model.path)
 
@@ -40,6 +48,6 @@ def test_against_a_bare_loop(benchmark, model: phirt.Model, prompt_ids, ours):
         return (NEW_TOKENS - 1) / sum(rival.decode_seconds(prompt_ids, NEW_TOKENS - 1))
 
     result = alternate(benchmark, ours, theirs)
-    print(f"\ndecode, phirt against a bare IOBinding loop, tokens/s: {result}")
+    report(benchmark, model, "a bare IOBinding loop", result, kl)
     if benchmark.enabled:
         assert result.ratio >= 0.97
