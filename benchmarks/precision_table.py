@@ -4,7 +4,7 @@
 
 Converts the default model (or ``--source``) to every precision in a temporary folder.
 Speeds come from rounds in which all models take turns, each with the same prompt, so that
-whatever else the machine does hits all alike; ratios are to int4 of the same round. Quality
+whatever else the machine does hits all alike; ratios are to int8 of the same round. Quality
 is teacher-forced on quality_text.txt with both kinds of kernels: prefill runs many rows at
 once, decode one. ``--also`` adds folders made elsewhere, such as Model Builder's.
 """
@@ -35,7 +35,7 @@ from phirt.models.store import Store
 TEXT = Path(__file__).with_name("quality_text.txt")
 PROMPT_TOKENS, DECODE_STEPS, PREFILL_TOKENS = 30, 100, 500
 CHUNKS = {"prefill kernels": 256, "decode kernels": 1}
-BASE = "int4"
+BASE = "int8"
 
 
 @dataclass(frozen=True, slots=True)

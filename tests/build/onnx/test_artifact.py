@@ -109,13 +109,8 @@ class TestRefusals:
 
 
 class TestChoice:
-    def test_int4_where_the_file_has_four_bits(self, tiny_q4_1_gguf):
-        assert choose_precision(tiny_q4_1_gguf) == "int4"
-
-    @pytest.mark.parametrize("encoding", ["F32", "Q8_0"])
-    def test_int8_where_it_has_more(self, encoding, tmp_path):
-        source = write_tiny_llama_gguf(tmp_path / "more.gguf", encoding=encoding)
-        assert choose_precision(source) == "int8"
+    def test_int8_by_default(self, tiny_q4_1_gguf):
+        assert choose_precision(tiny_q4_1_gguf) == "int8"
 
     def test_fp32_where_blocks_do_not_fit(self, tmp_path):
         source = write_tiny_llama_gguf(tmp_path / "odd.gguf", intermediate=72)

@@ -34,7 +34,7 @@ def model(smollm2_gguf: Path) -> Any:
 @pytest.fixture(scope="module")
 def folders(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
-    assert choose_precision(smollm2_gguf) == "int4"
+    assert choose_precision(smollm2_gguf) == "int8"
     for precision in ("fp32", "exact", "int8", "int4"):
         folders[precision] = tmp_path_factory.mktemp(precision)
         convert_gguf(smollm2_gguf, folders[precision], precision=precision)
