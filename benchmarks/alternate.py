@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,7 @@ class Comparison:
 
 
 def alternate(
-    benchmark: Any, ours: Callable[[], float], theirs: Callable[[], float], *, rounds: int = 9
+    benchmark: Any, ours: Callable[[], float], theirs: Callable[[], float], *, rounds: int = 25
 ) -> Comparison:
     """Run both sides in turn and compare their rates.
 
@@ -47,9 +48,15 @@ def alternate(
         rounds: Turns of each side, after one that is not counted.
     """
     rates: tuple[list[float], list[float]] = ([], [])
+
+    def turn(side: Callable[[], float], found: list[float]) -> None:
+        # A runtime's idle workers may spin for a while after its turn.
+        time.sleep(0.05)
+        found.append(side())
+
     benchmark.pedantic(
-        lambda: rates[0].append(ours()),
-        setup=lambda: rates[1].append(theirs()),
+        lambda: turn(ours, rates[0]),
+        setup=lambda: turn(theirs, rates[1]),
         rounds=rounds,
         warmup_rounds=1,
     )

@@ -9,7 +9,7 @@ from benchmarks.alternate import Comparison, alternate
 from benchmarks.bare_loop import BareLoop
 from benchmarks.rivals import GenaiLoop
 
-NEW_TOKENS = 96
+NEW_TOKENS = 64
 
 
 @pytest.fixture
