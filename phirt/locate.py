@@ -6,20 +6,21 @@ how to convert, and neither knows of the other.
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from phirt.build.precision import Precision
 from phirt.errors import ModelNotFoundError, UnsupportedModelError
 from phirt.models.catalog import DEFAULT_MODEL, get_entry, list_models
+from phirt.models.hashing import sha256_of
 from phirt.models.store import Store
-from phirt.types import Progress, ProgressCallback
+from phirt.types import ProgressCallback
 
 __all__ = ["PRECISIONS", "ModelPlace", "locate", "pull"]
 
-PRECISIONS = ("auto", "exact", "fp32", "int8", "int4")
+PRECISIONS = ("auto", *(precision.value for precision in Precision))
 """How a checkpoint may be converted."""
 
 _SUFFIX = ".gguf"
@@ -83,7 +84,7 @@ def locate(
             f"{path} is not a {_SUFFIX} file. phirt reads model folders with a genai_config.json, "
             f"and converts {_SUFFIX} files."
         )
-    return _converted(path, path.stem, _sha256(path, progress), precision, progress)
+    return _converted(path, path.stem, sha256_of(path, progress=progress), precision, progress)
 
 
 def pull(
@@ -155,14 +156,3 @@ def _converted(
 
 def _slug(name: str) -> str:
     return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:60] or "model"
-
-
-def _sha256(path: Path, progress: ProgressCallback | None) -> str:
-    digest, total, done = hashlib.sha256(), path.stat().st_size, 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-            done += len(block)
-            if progress is not None:
-                progress(Progress("hash", done, total, "bytes"))
-    return digest.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 
 from phirt.build.artifact import CONVERTER_VERSION, write_artifact
@@ -10,6 +9,7 @@ from phirt.build.gguf.checkpoint import GgufCheckpoint
 from phirt.build.gguf.tokenizer import read_tokenizer
 from phirt.build.precision import Precision
 from phirt.build.repack import GGML_BLOCK_SIZE
+from phirt.models.hashing import sha256_of
 from phirt.types import ProgressCallback
 
 __all__ = ["CONVERTER_VERSION", "choose_precision", "convert_gguf"]
@@ -70,11 +70,6 @@ def convert_gguf(
             out_dir,
             precision=chosen,
             source_name=source.name,
-            source_sha256=source_sha256 or _sha256(source),
+            source_sha256=source_sha256 or sha256_of(source),
             progress=progress,
         )
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

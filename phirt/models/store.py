@@ -10,7 +10,6 @@ ROOT is ``PHIRT_HOME``, or else the platform's folder for a user's data.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phirt.errors import ModelError, StoreError, UnsafeModelError
+from phirt.models.hashing import sha256_of
 from phirt.models.manifest import read_manifest
 from phirt.models.paths import plain_name_fault
 from phirt.models.safe_json import JsonFields, read_json
@@ -34,7 +34,6 @@ _SOURCE_RECORD = "source.json"
 # Lower case only: on Windows and macOS "A" and "a" are one folder.
 _KEY = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_CHUNK = 1 << 20
 
 
 class Store:
@@ -105,7 +104,7 @@ class Store:
             status = path.stat()
             if status.st_size != size:
                 return None
-            if status.st_mtime_ns != recorded and _sha256_of(path) != sha256:
+            if status.st_mtime_ns != recorded and sha256_of(path) != sha256:
                 return None
         except (ModelError, OSError):
             return None
@@ -133,7 +132,7 @@ class Store:
         def fill_and_record(folder: Path) -> None:
             fill(folder)
             file = folder / filename
-            found = _sha256_of(file)
+            found = sha256_of(file)
             if found != sha256:
                 raise UnsafeModelError(
                     f"{filename} was fetched, but is not the file that was asked for: its "
@@ -229,8 +228,3 @@ def _free_bytes(path: Path) -> int:
 
 def _megabytes(size: int) -> str:
     return f"{size / 1e6:,.0f} MB"
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
