@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from phirt.errors import ModelFormatError, UnsafeModelError, UnsupportedModelError
 from phirt.models.paths import plain_name_fault
-from phirt.models.safe_json import JsonFields, parse_json, read_bytes
+from phirt.models.safe_json import JsonFields, read_json
 
 __all__ = ["GENAI_CONFIG_NAME", "DecoderSpec", "read_genai_config"]
 
@@ -112,7 +112,7 @@ def read_genai_config(path: Path) -> DecoderSpec:
             a profile to write.
         UnsupportedModelError: It describes something other than one plain decoder graph.
     """
-    data = parse_json(read_bytes(path, max_bytes=_MAX_CONFIG_BYTES), source=str(path))
+    data = read_json(path, max_bytes=_MAX_CONFIG_BYTES)
     _refuse_unsafe(data, path)
     fields = JsonFields(data, source=str(path))
     _refuse_unsupported(fields, path)
@@ -149,7 +149,7 @@ def read_genai_config(path: Path) -> DecoderSpec:
         pad_token_id=fields.optional_integer("model.pad_token_id", minimum=0, maximum=last_id),
         search=fields.mapping("search"),
     )
-    _check_patterns(spec, path)
+    _check_consistent(spec, path)
     return spec
 
 
@@ -171,7 +171,7 @@ def _refuse_unsafe(data: Mapping[str, Any], path: Path) -> None:
 
 
 def _walk(value: object) -> Iterator[tuple[str, Any]]:
-    """Every key and value at any depth (at most what `parse_json` lets through)."""
+    """Every key and value at any depth (at most what `read_json` lets through)."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield key, item
@@ -219,7 +219,7 @@ def _name(fields: JsonFields, path: str, default: str) -> str:
     return fields.optional_string(f"model.decoder.{path}", max_length=200) or default
 
 
-def _check_patterns(spec: DecoderSpec, path: Path) -> None:
+def _check_consistent(spec: DecoderSpec, path: Path) -> None:
     patterns = {
         "past_key_names": spec.past_key_names,
         "past_value_names": spec.past_value_names,

@@ -167,12 +167,12 @@ class JsonFields:
 
     def optional_integer(self, path: str, *, minimum: int, maximum: int) -> int | None:
         """As `integer`, or None."""
-        value = self._find(path)
+        value = self.value(path)
         return None if value is None else self._check_integer(path, value, minimum, maximum)
 
     def integers(self, path: str, *, minimum: int, maximum: int) -> tuple[int, ...]:
         """The integers at ``path``: one, a list of them, or none where absent or null."""
-        value = self._find(path)
+        value = self.value(path)
         if value is None:
             return ()
         items = value if isinstance(value, list) else [value]
@@ -184,12 +184,12 @@ class JsonFields:
 
     def optional_string(self, path: str, *, max_length: int = 4096) -> str | None:
         """As `string`, or None."""
-        value = self._find(path)
+        value = self.value(path)
         return None if value is None else self._check_string(path, value, max_length)
 
     def mapping(self, path: str) -> dict[str, Any]:
         """The object at ``path``; empty where it is absent or null."""
-        value = self._find(path)
+        value = self.value(path)
         if value is None:
             return {}
         if not isinstance(value, dict):
@@ -198,9 +198,6 @@ class JsonFields:
 
     def value(self, path: str) -> Any:
         """Whatever is at ``path``, or None where it is absent."""
-        return self._find(path)
-
-    def _find(self, path: str) -> Any:
         value: Any = self._data
         walked: list[str] = []
         for key in path.split("."):
@@ -213,7 +210,7 @@ class JsonFields:
         return value
 
     def _required(self, path: str) -> Any:
-        value = self._find(path)
+        value = self.value(path)
         if value is None:
             raise ModelFormatError(f"{self._source} lacks the field {path!r}.")
         return value
