@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 import time
+from pathlib import Path
 
 import psutil
 
@@ -336,6 +337,10 @@ else:
     import resource
 
     def _peak_mib() -> float:
+        # On Linux getrusage would count the parent's size as well, from before the exec.
+        if sys.platform == "linux":
+            status = Path("/proc/self/status").read_text(encoding="ascii")
+            return int(status.split("VmHWM:")[1].split()[0]) / 2**10
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
