@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +18,8 @@ from phirt.build.checkpoint import Checkpoint, CheckpointTensor, DecoderConfig
 from phirt.build.gguf.tokenizer import GgufTokenizer
 from phirt.build.onnx_decoder import write_decoder
 from phirt.build.precision import Precision
-from phirt.models.manifest import MANIFEST_NAME, write_manifest
+from phirt.models.genai_config import GENAI_CONFIG_NAME
+from phirt.models.manifest import write_manifest
 from phirt.types import Progress, ProgressCallback
 
 __all__ = ["CONVERTER_VERSION", "write_artifact"]
@@ -40,12 +40,13 @@ def write_artifact(
     source_sha256: str,
     progress: ProgressCallback | None = None,
 ) -> None:
-    """Write a model folder and flush it to the disk.
+    """Write a model folder.
 
     Args:
         checkpoint: Configuration and weights.
         tokenizer: The tokenizer and the chat template.
-        out_dir: An empty folder. Placing it where it is found is the caller's.
+        out_dir: An empty folder. Flushing it to the disk and placing it where it is found are
+            the caller's (`phirt.models.store`).
         precision: How the weights are stored.
         source_name: Name of the file that the checkpoint is in.
         source_sha256: That file's SHA-256, in hex.
@@ -67,9 +68,7 @@ def write_artifact(
     config = checkpoint.config
     _write_json(out_dir / "tokenizer_config.json", _tokenizer_config(tokenizer, config))
     _write_json(out_dir / "generation_config.json", _generation_config(config))
-    _write_json(out_dir / "genai_config.json", _genai_config(config))
-    for path in out_dir.iterdir():
-        _flush(path)
+    _write_json(out_dir / GENAI_CONFIG_NAME, _genai_config(config))
     identity = f"{source_sha256}:{precision}:{CONVERTER_VERSION}"
     write_manifest(
         out_dir,
@@ -83,7 +82,6 @@ def write_artifact(
             **{package: version(package) for package in ("gguf", "onnx", "tokenizers")},
         },
     )
-    _flush(out_dir / MANIFEST_NAME)
 
 
 class _WatchedCheckpoint:
@@ -180,9 +178,3 @@ def _genai_config(config: DecoderConfig) -> dict[str, Any]:
 def _write_json(path: Path, document: Mapping[str, Any]) -> None:
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path.write_text(text, encoding="utf-8", newline="\n")
-
-
-def _flush(path: Path) -> None:
-    """Have a written file on the disk before anything says that it is there."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())

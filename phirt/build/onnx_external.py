@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +31,7 @@ class Extent:
 class ExternalData:
     """An external data file that grows by whole tensors and never holds two in memory.
 
-    Used as a context manager; leaving it without an exception flushes the file to the disk.
+    Used as a context manager; leaving it closes the file.
 
     Args:
         path: The file to create. It must not exist: a writer never overwrites weights.
@@ -66,9 +65,4 @@ class ExternalData:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
+        self._file.close()

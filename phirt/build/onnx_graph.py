@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -56,21 +55,27 @@ class GraphBuilder:
         outputs: Sequence[str] | None = None,
         *,
         name: str,
+        domain: str = "",
         **attributes: Any,
     ) -> str:
-        """Append a node of the standard operator set.
+        """Append a node.
 
         Args:
             op_type: Operator.
             inputs: Names of values; the empty string leaves an optional one out.
             outputs: Names of the results; None for one, named after the node.
             name: The node's name, unique in the graph.
-            attributes: Attributes of the operator.
+            domain: The operator set; by default the standard one.
+            **attributes: Attributes of the operator.
 
         Returns:
             The name of the first result.
         """
-        return self._append(op_type, inputs, outputs, domain="", name=name, attributes=attributes)
+        results = [f"{name}/output"] if outputs is None else list(outputs)
+        self._nodes.append(
+            helper.make_node(op_type, inputs, results, name=name, domain=domain, **attributes)
+        )
+        return results[0]
 
     def contrib(
         self,
@@ -82,25 +87,7 @@ class GraphBuilder:
         **attributes: Any,
     ) -> str:
         """Append a node of ONNX Runtime's own operator set; otherwise as `node`."""
-        return self._append(
-            op_type, inputs, outputs, domain=_CONTRIB, name=name, attributes=attributes
-        )
-
-    def _append(
-        self,
-        op_type: str,
-        inputs: Sequence[str],
-        outputs: Sequence[str] | None,
-        *,
-        domain: str,
-        name: str,
-        attributes: dict[str, Any],
-    ) -> str:
-        results = [f"{name}/output"] if outputs is None else list(outputs)
-        self._nodes.append(
-            helper.make_node(op_type, inputs, results, name=name, domain=domain, **attributes)
-        )
-        return results[0]
+        return self.node(op_type, inputs, outputs, name=name, domain=_CONTRIB, **attributes)
 
     def initializer(self, name: str, array: NDArray[Any]) -> str:
         """Add a constant under a name, once, and return the name."""
@@ -151,7 +138,7 @@ class GraphBuilder:
         self._initializers[tensor.name] = tensor
 
     def save(self, path: Path, *, producer: str, producer_version: str) -> None:
-        """Write the model file and flush it to the disk; the weights lie beside it already.
+        """Write the model file; the weights lie beside it already.
 
         Args:
             path: The file to create; it must not exist.
@@ -174,8 +161,6 @@ class GraphBuilder:
         )
         with path.open("xb") as file:
             file.write(model.SerializeToString())
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def _value_info(
