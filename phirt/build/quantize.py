@@ -30,6 +30,7 @@ __all__ = [
     "quantize_int8",
     "quantize_symmetric_int4",
     "reciprocal",
+    "split_nibbles",
 ]
 
 Bits = Literal[4, 8]
@@ -229,10 +230,13 @@ def pack_nibbles(nibbles: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return packed
 
 
+def split_nibbles(packed: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """The low and the high nibble of every byte."""
+    return packed & _LOW_NIBBLE, packed >> _NIBBLE
+
+
 def _unpack(packed: NDArray[np.uint8], bits: Bits) -> NDArray[np.uint8]:
     """The values of a packed array, along its last axis."""
     if bits == 8:
         return packed
-    return np.stack([packed & _LOW_NIBBLE, packed >> _NIBBLE], axis=-1).reshape(
-        *packed.shape[:-1], -1
-    )
+    return np.stack(split_nibbles(packed), axis=-1).reshape(*packed.shape[:-1], -1)

@@ -15,6 +15,7 @@ from phirt.build.quantize import (
     pack_nibbles,
     quantize_symmetric_int4,
     reciprocal,
+    split_nibbles,
 )
 from phirt.types import FloatArray
 
@@ -30,9 +31,6 @@ __all__ = [
 GGML_BLOCK_SIZE = 32
 """Columns that share a scale in Q4_0, Q4_1 and Q8_0."""
 
-_NIBBLE = np.uint8(4)
-_LOW_NIBBLE = np.uint8(0x0F)
-
 
 def _float16(blocks: NDArray[np.uint8], start: int) -> FloatArray:
     """The little-endian float16 at a byte of every block, shape (rows, blocks)."""
@@ -47,8 +45,7 @@ def _interleave_nibbles(blocks: NDArray[np.uint8]) -> NDArray[np.uint8]:
     GGML's byte ``i`` of 16 holds elements ``i`` (low) and ``i + 16`` (high); MatMulNBits'
     byte ``i`` holds elements ``2 i`` and ``2 i + 1``.
     """
-    elements = np.concatenate([blocks & _LOW_NIBBLE, blocks >> _NIBBLE], axis=-1)
-    return pack_nibbles(elements)
+    return pack_nibbles(np.concatenate(split_nibbles(blocks), axis=-1))
 
 
 def _repack_q4_0(blocks: NDArray[np.uint8]) -> QuantizedMatrix:
@@ -121,7 +118,7 @@ def split_bytes(matrix: QuantizedMatrix) -> QuantizedMatrix:
     rows, blocks = matrix.scales.shape
     zero_points = np.zeros((rows, 2 * blocks), np.uint8)
     zero_points[:, :blocks] = 8
-    high, low = matrix.values >> _NIBBLE, matrix.values & _LOW_NIBBLE
+    low, high = split_nibbles(matrix.values)
     return QuantizedMatrix(
         bits=4,
         block_size=matrix.block_size,
