@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -78,34 +78,25 @@ def write_manifest(
 
     Args:
         folder: The artifact's folder, complete but for the manifest.
-        weights_id: Identifies the weights, such as ``"sha256-of-the-source:int8"``.
+        weights_id: Identifies the weights, a digest of all that they depend on.
         architecture: The decoder's architecture.
         precision: How the weights are stored.
         source: Where the weights came from; JSON values only.
         versions: Versions of what wrote the folder, by package name.
     """
-    files = {
-        path.name: path.stat().st_size
-        for path in sorted(folder.iterdir())
-        if path.name != MANIFEST_NAME
-    }
     manifest = Manifest(
         weights_id=weights_id,
         architecture=architecture,
         precision=precision,
         source=source,
         versions=versions,
-        files=files,
+        files={
+            path.name: path.stat().st_size
+            for path in sorted(folder.iterdir())
+            if path.name != MANIFEST_NAME
+        },
     )
-    document = {
-        "format_version": _FORMAT_VERSION,
-        "weights_id": weights_id,
-        "architecture": architecture,
-        "precision": precision,
-        "source": dict(source),
-        "versions": dict(versions),
-        "files": files,
-    }
+    document = {"format_version": _FORMAT_VERSION, **asdict(manifest)}
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     (folder / MANIFEST_NAME).write_text(text, encoding="utf-8", newline="\n")
     return manifest
