@@ -31,7 +31,7 @@ nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "typing", "tests", "docs", "examples", "wheel"]
+nox.options.sessions = ["lint", "typing", "tests", "docs", "examples", "bench-once", "wheel"]
 
 
 def install(session: nox.Session, *groups: str, extra: str | None = None) -> None:
@@ -94,9 +94,19 @@ def examples(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """The benchmarks, on demand; ``-- --quick`` runs each once without measuring it."""
+    """The benchmarks, on demand: minutes on a quiet machine; arguments go to pytest."""
+    run_benchmarks(session, "-s", *session.posargs)
+
+
+@nox.session(name="bench-once")
+def bench_once(session: nox.Session) -> None:
+    """Each benchmark once and unmeasured, so that none stops working unseen."""
+    run_benchmarks(session, "--benchmark-disable")
+
+
+def run_benchmarks(session: nox.Session, *arguments: str) -> None:
+    """Run pytest over benchmarks/ with the rivals installed."""
     install(session, "bench", extra="cpu")
-    arguments = ["--benchmark-disable" if arg == "--quick" else arg for arg in session.posargs]
     session.run("pytest", "benchmarks", *arguments, env={"PHIRT_HOME": str(STORE)})
 
 

@@ -60,8 +60,9 @@ def test_the_sum_of_the_pieces_is_what_decode_gives(tokenizer, data):
     assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
 
 
+# U+2581 is how SentencePiece spells a space, so as text it does not come back.
 @pytest.mark.parametrize("name", ["byte level", "sentencepiece"])
-@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd")))
+@given(text=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd▁")))
 def test_text_is_never_cut_within_a_character(name, text):
     tokenizer = TOKENIZERS[name]
     streamed = pieces(tokenizer, tokenizer.encode(text))
