@@ -337,12 +337,14 @@ else:
     import resource
 
     def _peak_mib() -> float:
-        # On Linux getrusage would count the parent's size as well, from before the exec.
         if sys.platform == "linux":
+            # getrusage would count the parent's size as well, from before the exec.
             status = Path("/proc/self/status").read_text(encoding="ascii")
-            return int(status.split("VmHWM:")[1].split()[0]) / 2**10
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak / (2**20 if sys.platform == "darwin" else 2**10)
+            kib = float(status.split("VmHWM:")[1].split()[0])
+        else:
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            kib = peak / 2**10 if sys.platform == "darwin" else float(peak)
+        return kib / 2**10
 
     def _limit_memory(extra: int) -> None:
         """Let the process grow by ``extra`` bytes at most; macOS takes the limit and ignores it."""
