@@ -212,13 +212,10 @@ class DecodeLoop:
         info = self._model.info
         params.check_vocabulary(info.vocab_size)
         resolved = resolve(params, self._defaults)
-        if resolved.max_new_tokens is not None:
-            required = self.prompt_length + resolved.max_new_tokens
-            _check_fits(required, self.prompt_length, info.context_length)
-        else:
-            _check_fits(self.prompt_length + 1, self.prompt_length, info.context_length)
-        eos = frozenset() if params.ignore_eos else info.eos_token_ids
-        self._stop_ids = eos.union(params.stop_token_ids)
+        # Without a limit of its own, a request still needs room for one token.
+        _check_fits(self.prompt_length, resolved.max_new_tokens or 1, info.context_length)
+        eos = frozenset() if resolved.ignore_eos else info.eos_token_ids
+        self._stop_ids = eos.union(resolved.stop_token_ids)
         self._processors = build_processors(resolved, stop_token_ids=self._stop_ids)
         self._params, self._resolved = params, resolved
 
@@ -260,7 +257,7 @@ class DecodeLoop:
 
     def _choose(self, logits: Logits) -> TokenStep:
         row: FloatArray = logits.numpy()[-1]
-        wanted, history, sampling = self._params.logprobs, self._history, self._resolved.sampling
+        history, sampling, wanted = self._history, self._resolved.sampling, self._resolved.logprobs
         # The processors work in place, and log-probabilities are the model's own.
         raw = row.copy() if wanted is not None and self._processors else row
         for process in self._processors:
@@ -303,10 +300,11 @@ def split_prompt(length: int, chunk: int) -> list[int]:
     return [base + (index < longer) for index in range(count)]
 
 
-def _check_fits(required: int, prompt: int, context: int) -> None:
+def _check_fits(prompt: int, new_tokens: int, context: int) -> None:
+    required = prompt + new_tokens
     if required > context:
         raise ContextLengthError(
-            f"The prompt has {prompt} tokens and {required - prompt} more are asked for, "
+            f"The prompt has {prompt} tokens and {new_tokens} more are asked for, "
             f"{required} in all; the model's context is {context}. Shorten the prompt, or lower "
             "max_new_tokens (None generates to the end of the context).",
             required=required,

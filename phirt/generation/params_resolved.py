@@ -91,7 +91,6 @@ class ResolvedParams:
     stop_token_ids: tuple[int, ...]
     suppress_tokens: tuple[int, ...]
     ignore_eos: bool
-    seed: int | None
     logprobs: int | None
     logits_processors: tuple[LogitsProcessor, ...]
 
@@ -127,7 +126,6 @@ def resolve(params: GenerationParams, defaults: GenerationDefaults | None = None
         stop_token_ids=tuple(params.stop_token_ids),
         suppress_tokens=tuple(params.suppress_tokens),
         ignore_eos=bool(params.ignore_eos),
-        seed=params.seed,
         logprobs=params.logprobs,
         logits_processors=tuple(params.logits_processors),
     )

@@ -96,7 +96,7 @@ def test_everything_is_unset_by_default():
     assert resolved.stop_token_ids == resolved.suppress_tokens == ()
     assert resolved.logits_processors == ()
     assert resolved.ignore_eos is False
-    assert resolved.seed is resolved.logprobs is None
+    assert resolved.logprobs is None
 
 
 def test_boundary_values_are_allowed():
