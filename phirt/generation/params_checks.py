@@ -8,6 +8,8 @@ from numbers import Integral, Real
 from types import MappingProxyType
 from typing import cast
 
+import numpy as np
+
 from phirt.types import LogitsProcessor
 
 __all__ = [
@@ -24,7 +26,7 @@ __all__ = [
 INT_LIMIT = 2**31
 """Counts and token ids stay below this: the largest that every runtime's int32 can hold."""
 
-_FLOAT32_MAX = 3.4028234663852886e38
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 def boolean(name: str, value: object) -> bool:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from phirt.errors import NonFiniteLogitsError
 from phirt.generation.params_resolved import Sampling
-from phirt.generation.sampling_subsets import nucleus, top_ids
+from phirt.generation.sampling_subsets import LOWEST, nucleus, top_ids
 from phirt.types import FloatArray, IntArray
 
 __all__ = ["Probabilities", "candidates", "choose", "choose_token", "greedy"]
@@ -25,7 +25,6 @@ __all__ = ["Probabilities", "candidates", "choose", "choose_token", "greedy"]
 Probabilities: TypeAlias = NDArray[np.floating[Any]]
 """Probabilities that sum to 1: float64, or float32 where they are a whole vocabulary's."""
 
-_LOWEST = np.finfo(np.float32).min
 _NUCLEUS_DEPTH = 12.0
 """Nats below the most probable token that nearly always hold the nucleus."""
 _BLOCK = 2048
@@ -183,7 +182,7 @@ def _whole_nucleus(
 
 def _at_least(logits: FloatArray, bound: float) -> IntArray:
     """Ascending ids of logits that are not below ``bound``, nor -inf."""
-    return np.flatnonzero(logits >= max(np.float32(bound), _LOWEST))
+    return np.flatnonzero(logits >= max(np.float32(bound), LOWEST))
 
 
 def _check_largest(logits: FloatArray, token: int) -> None:

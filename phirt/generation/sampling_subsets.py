@@ -7,9 +7,11 @@ from numpy.typing import NDArray
 
 from phirt.types import FloatArray, IntArray
 
-__all__ = ["nucleus", "top_ids"]
+__all__ = ["LOWEST", "nucleus", "top_ids"]
 
-_LOWEST = np.finfo(np.float32).min
+LOWEST = np.finfo(np.float32).min
+"""The lowest finite float32: what is not below it is not -inf."""
+
 _ROWS = 64
 _FEW = 1024
 """So many values are sorted without a second thought."""
@@ -30,7 +32,7 @@ def top_ids(logits: FloatArray, k: int) -> IntArray:
     rows = min(_ROWS, logits.size // (2 * k))
     if rows < 4:  # too many are wanted for the columns to tell them apart
         if k >= logits.size:
-            return np.flatnonzero(logits >= _LOWEST)
+            return np.flatnonzero(logits >= LOWEST)
         return np.flatnonzero(logits >= _kth_largest(logits, k))
     width = logits.size // rows
     table = logits[: rows * width].reshape(rows, width)
@@ -92,6 +94,6 @@ def _edge(weights: NDArray[np.float64], target: float) -> tuple[float, int]:
 def _kth_largest(values: FloatArray, k: int) -> np.float32:
     """The k-th largest value, but nothing below the lowest finite number."""
     if values.size == 0:  # all were -inf, and no column was kept
-        return _LOWEST
+        return LOWEST
     index = max(values.size - k, 0)
-    return max(np.partition(values, index)[index], _LOWEST)
+    return max(np.partition(values, index)[index], LOWEST)
