@@ -8,19 +8,7 @@ from typing import NoReturn
 
 from phirt._version import __version__
 
-__all__ = ["GENERATION_OPTIONS", "UsageError", "parse"]
-
-GENERATION_OPTIONS = (
-    "max_new_tokens",
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repetition_penalty",
-    "stop",
-    "seed",
-)
-"""The options that are fields of `GenerationParams`, by the same names."""
+__all__ = ["UsageError", "parse"]
 
 
 class UsageError(Exception):

@@ -8,10 +8,11 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import phirt
-from phirt.cli.arguments import GENERATION_OPTIONS, UsageError
+from phirt.cli.arguments import UsageError
 from phirt.cli.chat import chat
 from phirt.cli.progress import ProgressBars
 from phirt.cli.terminal import is_terminal
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
-_LOG = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -38,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     overrides = _overrides(arguments)
     prompt = _prompt(arguments)
     with _load(arguments) as model:
-        _LOG.info("%s on %s through %s", model.name, model.device, model.backend)
+        _logger.info("%s on %s through %s", model.name, model.device, model.backend)
         if prompt is None:
             _chat(model, overrides)
         elif arguments.json:
@@ -60,7 +61,9 @@ def _wrong_usage() -> Iterator[None]:
 
 def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
     """The generation parameters that were given; the others are the model's to say."""
-    given = {name: getattr(arguments, name) for name in GENERATION_OPTIONS}
+    # The options of a generation are named as the fields of GenerationParams are.
+    names = {field.name for field in fields(phirt.GenerationParams)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
     overrides = {name: value for name, value in given.items() if value is not None}
     with _wrong_usage():
         phirt.GenerationParams(**overrides)
@@ -141,17 +144,8 @@ def _print_json(model: Model, prompt: str | list[ChatMessage], overrides: dict[s
         "model": model.name,
         "backend": model.backend,
         "device": model.device,
-        "usage": {
-            "prompt_tokens": result.usage.prompt_tokens,
-            "cached_tokens": result.usage.cached_tokens,
-            "completion_tokens": result.usage.completion_tokens,
-        },
-        "timings": {
-            "load_s": result.timings.load_s,
-            "ttft_s": result.timings.ttft_s,
-            "prefill_tokens_per_s": result.timings.prefill_tokens_per_s,
-            "decode_tokens_per_s": result.timings.decode_tokens_per_s,
-        },
+        "usage": asdict(result.usage),
+        "timings": asdict(result.timings),
     }
     print(json.dumps(answer, ensure_ascii=False))
     _report(result)
@@ -159,9 +153,9 @@ def _print_json(model: Model, prompt: str | list[ChatMessage], overrides: dict[s
 
 def _report(result: Generation) -> None:
     if result.finish_reason == "context":
-        _LOG.warning("the answer ends here because the model's context is full")
+        _logger.warning("the answer ends here because the model's context is full")
     usage, timings = result.usage, result.timings
-    _LOG.info(
+    _logger.info(
         "%d prompt tokens, %d of them cached; first token after %s; %d tokens at %s; finished: %s",
         usage.prompt_tokens,
         usage.cached_tokens,
