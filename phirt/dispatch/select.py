@@ -23,7 +23,7 @@ from phirt.types import Artifact
 
 __all__ = ["Selection", "check_available", "load_artifact"]
 
-_logger = logging.getLogger("phirt")
+_logger = logging.getLogger(__name__)
 
 # What "auto" tries, in order. A device enters this list with the backend that drives it.
 _AUTO_DEVICES = ("cpu",)
@@ -117,7 +117,7 @@ def load_artifact(
                 continue
             reasons = (*rejected, *map(str, failed))
             for reason in reasons:
-                _logger.info("passed over: %s", reason)
+                _logger.info("Passed over: %s", reason)
             return Selection(name, candidate, loaded, reasons)
     raise _nothing_fits(artifact, wanted, names, rejected, failed)
 

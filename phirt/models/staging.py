@@ -30,7 +30,7 @@ Fill: TypeAlias = Callable[[Path], object]
 Find: TypeAlias = Callable[[], Path | None]
 """Returns the finished folder, or None where there is none or it is damaged."""
 
-_logger = logging.getLogger("phirt")
+_logger = logging.getLogger(__name__)
 
 _ABANDONED_AFTER_S = 24 * 3600.0
 _RENAME_TRIES = 6
