@@ -90,7 +90,7 @@ def random_strings(count: int, *, seed: int, added_tokens: Sequence[str] = ()) -
         seed: The same seed gives the same strings.
         added_tokens: Tokens to strew in.
     """
-    source = random.Random(seed)  # noqa: S311 (not for secrets)
+    source = random.Random(seed)  # noqa: S311 - not for secrets
 
     def piece() -> str:
         if added_tokens and source.random() < 0.03:

@@ -423,7 +423,7 @@ def _generation_class() -> type[jinja2.ext.Extension]:
     class Generation(Extension):
         """``{% generation %}``, which marks what the assistant says; it changes no output."""
 
-        tags = {"generation"}  # noqa: RUF012  declared so by jinja2
+        tags = {"generation"}  # noqa: RUF012 - declared so by jinja2
 
         def parse(self, parser: jinja2.parser.Parser) -> nodes.Node:
             lineno = next(parser.stream).lineno

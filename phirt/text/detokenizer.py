@@ -97,7 +97,7 @@ class _ByteLevelStream:
         self._bytes = _byte_of_char()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
-    def add(self, token_id: int, token: str) -> str:  # noqa: ARG002  the id is for the other streams
+    def add(self, token_id: int, token: str) -> str:  # noqa: ARG002 - the id is for the other streams
         try:
             data = bytes([self._bytes[char] for char in token])
         except KeyError:  # an added token, spelled as it is
@@ -142,7 +142,7 @@ class _HeldStream:
         self._tokenizer = tokenizer
         self._ids: list[int] = []
 
-    def add(self, token_id: int, token: str) -> str:  # noqa: ARG002  as above
+    def add(self, token_id: int, token: str) -> str:  # noqa: ARG002 - as above
         self._ids.append(token_id)
         return ""
 

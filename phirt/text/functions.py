@@ -38,7 +38,7 @@ def strftime_now(template: str) -> str:
     """The local time, formatted."""
     if len(template) > _MAX_STRFTIME:  # the C library may widen each field: %999999d
         raise exceeded("strftime format", f"{_MAX_STRFTIME} characters")
-    return datetime.now().strftime(template)  # noqa: DTZ005  local time, as in transformers
+    return datetime.now().strftime(template)  # noqa: DTZ005 - local time, as in transformers
 
 
 def to_json(

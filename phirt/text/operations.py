@@ -209,7 +209,7 @@ def _charge_printf(meter: Meter, template: str, values: Any) -> None:
     while position >= 0:
         position = _skip_key(template, position + 1)
         match = _PRINTF_SPEC.match(template, position)
-        assert match is not None  # noqa: S101  every part of the pattern is optional
+        assert match is not None  # noqa: S101 - every part of the pattern is optional
         for digits in match.groups():
             if digits == "*":
                 raise UnsafeModelError(

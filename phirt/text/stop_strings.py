@@ -131,7 +131,7 @@ class StopStrings:
         return end - max(pattern.length for pattern in self._patterns)
 
     def _finish(self) -> str:
-        assert self._candidate is not None  # noqa: S101  callers checked; for the type checker
+        assert self._candidate is not None  # noqa: S101 - callers checked; for the type checker
         start, self._matched = self._candidate
         emit, self._held = self._held[:start], ""
         self._candidate = None

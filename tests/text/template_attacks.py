@@ -361,7 +361,7 @@ def main() -> None:
         started = time.perf_counter()
         error, message = _render(source)
         record = [name, time.perf_counter() - started, error, message[:500], _peak_mib()]
-        print(json.dumps(record), flush=True)  # noqa: T201 (it is a program)
+        print(json.dumps(record), flush=True)  # noqa: T201 - it is a program
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def test_expressions(oracle, expression):
 def test_the_time(oracle):
     source = "{{ strftime_now('%Y-%m-%d %H:%M') }}"
     chat = CHATS["one question"]
-    before = datetime.datetime.now()  # noqa: DTZ005 (local, as in the templates)
+    before = datetime.datetime.now()  # noqa: DTZ005 - local, as in the templates
     ours = ChatTemplate(source).render(chat)
     after = datetime.datetime.now()  # noqa: DTZ005
     assert ours in {f"{time:%Y-%m-%d %H:%M}" for time in (before, after)}

@@ -41,7 +41,7 @@ _END_TEXTS = frozenset(
         "<end_of_turn>",
         "<EOT>",
         "_<EOT>",
-        "<｜end▁of▁sentence｜>",  # noqa: RUF001 (the token is spelled with full-width bars)
+        "<｜end▁of▁sentence｜>",  # noqa: RUF001 - the token is spelled with full-width bars
     }
 )
 
