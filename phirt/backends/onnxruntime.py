@@ -138,7 +138,6 @@ class OrtModel:
         self.ort = ort
         self.spec = spec
         self.guard = ProcessGuard()
-        self._device = device
         self._inference = _open(ort, folder, device, options)
         self._closed = False
         self._placement = _read_placement(self._inference, device)
@@ -364,17 +363,11 @@ class OrtSession(BaseSession):
         return one_row
 
     def _fetch_logits(self, *, every_position: bool) -> FloatArray:
-        spec = self._model.spec
-        names = self._binding_outputs()
-        value = self._binding.get_outputs()[names.index(spec.logits)]
-        logits: NDArray[Any] = value.numpy()[0]
-        rows = logits if every_position else logits[-1:]
-        return np.ascontiguousarray(rows, dtype=np.float32)
-
-    def _binding_outputs(self) -> list[str]:
         # Outputs are listed in the order in which they were first bound: the cache when
         # the session was made, the logits after it.
-        return [*self._model.present_names, self._model.spec.logits]
+        logits: NDArray[Any] = self._binding.get_outputs()[-1].numpy()[0]
+        rows = logits if every_position else logits[-1:]
+        return np.ascontiguousarray(rows, dtype=np.float32)
 
     def _grow(self, length: int) -> None:
         """Give the cache room for ``length`` tokens, and some more."""
