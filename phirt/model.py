@@ -96,9 +96,7 @@ class Model:
         self._template = (
             None
             if folder.chat_template is None
-            else ChatTemplate(
-                folder.chat_template, bos_token=folder.bos_token, eos_token=folder.eos_token
-            )
+            else ChatTemplate(folder.chat_template, **folder.special_tokens)
         )
         self._closed = False
         self._load_s = time.perf_counter() - started

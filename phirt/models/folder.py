@@ -25,6 +25,7 @@ __all__ = ["ModelFolder", "read_folder"]
 _LAYOUTS = f"phirt reads a genai folder (one with {GENAI_CONFIG_NAME}), or a .gguf file"
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _MAX_TEMPLATE_CHARACTERS = 1 << 20
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 # Samples of the weights in a fingerprint: enough that two fine-tunings of one model differ
 # (they differ nearly everywhere), few enough to read in a millisecond.
@@ -43,8 +44,8 @@ class ModelFolder:
         model_path: The ONNX file. Pass it to `check_onnx_files` before a runtime opens it.
         tokenizer_path: The tokenizer.json.
         chat_template: Source of the chat template (Jinja), or None.
-        bos_token: Text of the beginning-of-sequence token, or None.
-        eos_token: Text of the end-of-sequence token, or None.
+        special_tokens: Texts of the special tokens that a chat template may write, those
+            there are: ``bos_token``, ``eos_token``, ``pad_token``, ``unk_token``.
         generation_defaults: Raw settings: generation_config.json where there is one, else
             the ``search`` section of genai_config.json.
         manifest: What phirt's converter recorded, or None for a folder made elsewhere.
@@ -55,8 +56,7 @@ class ModelFolder:
     model_path: Path
     tokenizer_path: Path
     chat_template: str | None
-    bos_token: str | None
-    eos_token: str | None
+    special_tokens: Mapping[str, str]
     generation_defaults: Mapping[str, Any]
     manifest: Manifest | None
 
@@ -110,8 +110,7 @@ def _read(path: Path, name: str) -> ModelFolder:
         model_path=model_path,
         tokenizer_path=tokenizer_path,
         chat_template=_chat_template(path, tokenizer),
-        bos_token=_token_text(tokenizer, "bos_token"),
-        eos_token=_token_text(tokenizer, "eos_token"),
+        special_tokens=_special_tokens(tokenizer),
         generation_defaults=decoder.search if generation is None else generation,
         manifest=manifest,
     )
@@ -156,6 +155,11 @@ def _generation_config(path: Path, vocab_size: int) -> tuple[dict[str, Any] | No
 def _tokenizer_config(path: Path) -> JsonFields:
     file = path / "tokenizer_config.json"
     return JsonFields(read_json(file) if file.exists() else {}, source=str(file))
+
+
+def _special_tokens(tokenizer: JsonFields) -> dict[str, str]:
+    texts = {key: _token_text(tokenizer, key) for key in _SPECIAL_TOKENS}
+    return {key: text for key, text in texts.items() if text is not None}
 
 
 def _token_text(tokenizer: JsonFields, key: str) -> str | None:

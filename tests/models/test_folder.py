@@ -21,10 +21,16 @@ def test_a_genai_folder(folder):
     assert model.model_path == folder / "model.onnx"
     assert model.tokenizer_path == folder / "tokenizer.json"
     assert model.chat_template == "{{ messages }}"
-    assert (model.bos_token, model.eos_token) == ("<s>", "</s>")
+    assert model.special_tokens == {"bos_token": "<s>", "eos_token": "</s>"}
     assert model.generation_defaults == {"do_sample": False, "top_k": 50}
     assert model.decoder.eos_token_ids == {2}
     assert model.manifest is None
+
+
+def test_the_special_tokens_are_those_that_a_template_may_write(folder):
+    texts = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<p>", "unk_token": "<u>"}
+    write_json(folder / "tokenizer_config.json", {**texts, "mask_token": "<m>"})
+    assert read_folder(folder).special_tokens == texts
 
 
 def test_the_name_that_the_user_gave(folder):
@@ -92,7 +98,7 @@ def test_a_damaged_chat_template_is_a_typed_error(folder, text, message):
 def test_a_folder_without_a_tokenizer_configuration(folder):
     (folder / "tokenizer_config.json").unlink()
     model = read_folder(folder)
-    assert (model.bos_token, model.eos_token) == (None, None)
+    assert model.special_tokens == {}
 
 
 @pytest.mark.parametrize(
