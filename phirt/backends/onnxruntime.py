@@ -52,7 +52,7 @@ _KEEP_INPUT = "num_logits_to_keep"
 _BUCKET = 256  # tokens; the KV cache is allocated in multiples of it
 # How long an idle worker spins before it sleeps, in microseconds. Measured on 2 cores
 # (docs/performance.md): alone it decodes as fast as with onnxruntime's own, far longer
-# spinning, and beside one busy process 1.6 times as fast.
+# spinning, and beside one busy process 1.5 times as fast.
 _SPIN_US = "10"
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
