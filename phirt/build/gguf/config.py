@@ -92,9 +92,9 @@ def read_config(file: GgufFile, *, tokens: list[str]) -> DecoderConfig:
         rope_factors=reader.rope_factors(head_size),
         tie_word_embeddings="output.weight" not in file.header.tensors,
         window=reader.window(context_length),
-        bos_token_id=reader.token_id("bos", len(tokens)),
+        bos_token_id=file.token_id("bos", vocab_size=len(tokens)),
         eos_token_ids=reader.eos_token_ids(tokens),
-        pad_token_id=reader.token_id("padding", len(tokens)),
+        pad_token_id=file.token_id("padding", vocab_size=len(tokens)),
     )
 
 
@@ -203,17 +203,10 @@ class _ConfigReader:
                 return self.positive(name)
         return 1.0
 
-    def token_id(self, role: str, vocab_size: int) -> int | None:
-        """The id of a special token, checked against the vocabulary."""
-        key = f"tokenizer.ggml.{role}_token_id"
-        value = self._file.integer(key)
-        if value is not None and not 0 <= value < vocab_size:
-            self.fail(f"{key} is {value:,}, and the vocabulary has {vocab_size:,} tokens")
-        return value
-
     def eos_token_ids(self, tokens: list[str]) -> tuple[int, ...]:
         """Every id that ends a generation: those named so, and those whose text says so."""
-        named = (self.token_id(role, len(tokens)) for role in ("eos", "eot", "eom"))
+        roles = ("eos", "eot", "eom")
+        named = (self._file.token_id(role, vocab_size=len(tokens)) for role in roles)
         ids = {token_id for token_id in named if token_id is not None}
         types = self._file.numbers("tokenizer.ggml.token_type")
         if types is not None and len(types) == len(tokens):

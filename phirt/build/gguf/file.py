@@ -130,6 +130,21 @@ class GgufFile:
             raise self._wrong_type(key, "a string")
         return self._decode(value, key)
 
+    def token_id(self, role: str, *, vocab_size: int) -> int | None:
+        """Id of the token of a role (``"bos"``, ``"unknown"``), or None where none is named.
+
+        Raises:
+            ModelFormatError: The id is not one of the vocabulary's.
+        """
+        key = f"tokenizer.ggml.{role}_token_id"
+        value = self.integer(key)
+        if value is not None and not 0 <= value < vocab_size:
+            raise ModelFormatError(
+                f"{self.path.name}: {key} is {value:,}, and the vocabulary has {vocab_size:,} "
+                "tokens. Use another file."
+            )
+        return value
+
     def numbers(self, key: str) -> NDArray[Any] | None:
         """A numeric array of the metadata, shape (n,), or None where the key is absent."""
         span = self._span(key)

@@ -255,12 +255,8 @@ class _Converter:
         )
 
     def _named(self, role: str) -> str | None:
-        token_id = self._file.integer(f"tokenizer.ggml.{role}_token_id")
-        if token_id is None:
-            return None
-        if not 0 <= token_id < len(self._tokens):
-            self._fail(f"tokenizer.ggml.{role}_token_id is {token_id:,}, outside the vocabulary")
-        return self._tokens[token_id]
+        token_id = self._file.token_id(role, vocab_size=len(self._tokens))
+        return None if token_id is None else self._tokens[token_id]
 
     def _fail(self, problem: str) -> NoReturn:
         raise ModelFormatError(f"{self._file.path.name}: {problem}. Use another file.")

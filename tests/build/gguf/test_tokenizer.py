@@ -279,7 +279,7 @@ class TestMerges:
     [
         ({"tokens": ["a", "b", "ab", "a"]}, "token 'a' occurs twice"),
         ({"types": [1, 1]}, "2 token types for 3 tokens"),
-        ({"bos_token_id": 3}, "bos_token_id is 3, outside"),
+        ({"bos_token_id": 3}, "bos_token_id is 3, and the vocabulary has 3"),
     ],
 )
 def test_a_vocabulary_that_contradicts_itself_is_an_error(
