@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
@@ -20,7 +20,7 @@ _OPSET = 21  # The newest that ONNX Runtime 1.20 knows; nothing newer is used.
 _CONTRIB = "com.microsoft"
 _INLINE_LIMIT = 1024  # Bytes; shapes and axes stay in the model file, where inference sees them.
 
-Dimension = int | str
+_Dimension: TypeAlias = int | str
 
 
 class GraphBuilder:
@@ -39,12 +39,12 @@ class GraphBuilder:
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
 
-    def input(self, name: str, dtype: type[np.generic], shape: Sequence[Dimension]) -> str:
+    def input(self, name: str, dtype: type[np.generic], shape: Sequence[_Dimension]) -> str:
         """Declare a graph input and return its name."""
         self._inputs.append(_value_info(name, dtype, shape))
         return name
 
-    def output(self, name: str, dtype: type[np.generic], shape: Sequence[Dimension]) -> None:
+    def output(self, name: str, dtype: type[np.generic], shape: Sequence[_Dimension]) -> None:
         """Declare a graph output."""
         self._outputs.append(_value_info(name, dtype, shape))
 
@@ -164,7 +164,7 @@ class GraphBuilder:
 
 
 def _value_info(
-    name: str, dtype: type[np.generic], shape: Sequence[Dimension]
+    name: str, dtype: type[np.generic], shape: Sequence[_Dimension]
 ) -> onnx.ValueInfoProto:
     element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     return helper.make_tensor_value_info(name, element, list(shape))

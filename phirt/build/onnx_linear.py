@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 
@@ -45,7 +46,7 @@ _INT8_ACTIVATIONS = 4
 _INT8_BLOCK_SIZES = (64, 32)
 _INT4_BLOCK_SIZES = (32,)
 
-Weights = FloatArray | QuantizedMatrix
+_Weights: TypeAlias = FloatArray | QuantizedMatrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,7 +177,7 @@ class LinearWriter:
 
     def _load(
         self, tensor: CheckpointTensor, *, sensitive: bool, gathered: bool = False
-    ) -> Weights:
+    ) -> _Weights:
         """Read a matrix in the form that the precision gives it.
 
         Args:
@@ -199,7 +200,7 @@ class LinearWriter:
                 )
         return quantize_int8(tensor.float32(), block_size=_block_size(tensor, _INT8_BLOCK_SIZES))
 
-    def _multiply(self, x: str, weights: Weights, *, name: str, output: str | None = None) -> str:
+    def _multiply(self, x: str, weights: _Weights, *, name: str, output: str | None = None) -> str:
         graph = self._graph
         if not isinstance(weights, QuantizedMatrix):
             return self._matmul(
@@ -268,7 +269,7 @@ class LinearWriter:
         return self._block_sums[x]
 
 
-def _load_exact(tensor: CheckpointTensor) -> Weights:
+def _load_exact(tensor: CheckpointTensor) -> _Weights:
     if tensor.encoding in _FLOAT_ENCODINGS:
         return tensor.float32()
     if tensor.encoding in EXACT_ENCODINGS:
@@ -291,7 +292,7 @@ def _block_size(tensor: CheckpointTensor, preferred: Sequence[int]) -> int:
     )
 
 
-def _layout(weights: Weights) -> tuple[object, ...]:
+def _layout(weights: _Weights) -> tuple[object, ...]:
     """What matrices must agree in to be fused."""
     if not isinstance(weights, QuantizedMatrix):
         return ("float",)
@@ -303,7 +304,7 @@ def _layout(weights: Weights) -> tuple[object, ...]:
     )
 
 
-def _fuse(matrices: Sequence[Weights]) -> Weights:
+def _fuse(matrices: Sequence[_Weights]) -> _Weights:
     quantized = [matrix for matrix in matrices if isinstance(matrix, QuantizedMatrix)]
     if quantized:
         return concatenate_rows(quantized)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +33,8 @@ __all__ = [
     "split_nibbles",
 ]
 
-Bits = Literal[4, 8]
-Scalar = TypeVar("Scalar", bound=np.generic)
+Bits: TypeAlias = Literal[4, 8]
+_Scalar = TypeVar("_Scalar", bound=np.generic)
 
 _NIBBLE = np.uint8(4)
 _LOW_NIBBLE = np.uint8(0x0F)
@@ -108,7 +108,7 @@ def concatenate_rows(matrices: Sequence[QuantizedMatrix]) -> QuantizedMatrix:
     )
 
 
-def _concatenate_optional(parts: Sequence[NDArray[Scalar] | None]) -> NDArray[Scalar] | None:
+def _concatenate_optional(parts: Sequence[NDArray[_Scalar] | None]) -> NDArray[_Scalar] | None:
     present = [part for part in parts if part is not None]
     return np.concatenate(present) if present else None
 

@@ -28,7 +28,7 @@ from phirt.models.safe_json import JsonFields, read_json
 if TYPE_CHECKING:
     from phirt.models.staging import Fill, Find
 
-__all__ = ["Store", "is_disk_full"]
+__all__ = ["Store"]
 
 _SOURCE_RECORD = "source.json"
 # Lower case only: on Windows and macOS "A" and "a" are one folder.
@@ -182,7 +182,7 @@ class Store:
         try:
             yield
         except Exception as error:
-            if is_disk_full(error):
+            if _is_disk_full(error):
                 needs = f"about {_megabytes(needed_bytes)}" if needed_bytes else "more"
                 raise StoreError(
                     f"Installing {name} needs {needs} of disk space; {self.root} has "
@@ -204,7 +204,7 @@ def _user_data_folder() -> Path:
     return platformdirs.user_data_path("phirt", appauthor=False)
 
 
-def is_disk_full(error: BaseException) -> bool:
+def _is_disk_full(error: BaseException) -> bool:
     """Whether an error, or one that it was raised from, says that a disk or quota is full."""
     full = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
     seen: BaseException | None = error

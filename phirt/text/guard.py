@@ -11,7 +11,7 @@ import string
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import BuiltinMethodType, MethodType
-from typing import Any
+from typing import Any, TypeAlias
 
 from phirt.errors import ModelFormatError, UnsafeModelError
 from phirt.text.budget import CALL, ELEMENT, MAX_CALL_DEPTH, Meter, exceeded
@@ -27,6 +27,7 @@ __all__ = [
     "METER",
     "CallGuard",
     "Format",
+    "Function",
     "PaidFormatter",
     "apply_operator",
     "check_filter_name",
@@ -43,7 +44,7 @@ __all__ = [
 
 METER: ContextVar[Meter] = ContextVar("phirt_chat_template_meter")
 
-Function = Callable[..., Any]
+Function: TypeAlias = Callable[..., Any]
 
 
 def unsafe_attribute(name: str) -> UnsafeModelError:

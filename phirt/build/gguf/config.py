@@ -14,9 +14,9 @@ from phirt.build.gguf.header import ArraySpan
 from phirt.errors import ModelFormatError, UnsupportedModelError
 from phirt.types import FloatArray
 
-__all__ = ["ARCHITECTURES", "read_config"]
+__all__ = ["ROPE_FACTORS", "read_config"]
 
-ARCHITECTURES = ("llama",)
+_ARCHITECTURES = ("llama",)
 """What ``general.architecture`` may be. Llama 2 and 3, Mistral and SmolLM2 are all "llama"."""
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -60,10 +60,10 @@ def read_config(file: GgufFile, *, tokens: list[str]) -> DecoderConfig:
     architecture = file.string("general.architecture")
     if architecture is None:
         raise ModelFormatError(f"{file.path.name}: general.architecture is missing.")
-    if architecture not in ARCHITECTURES:
+    if architecture not in _ARCHITECTURES:
         raise UnsupportedModelError(
             f"{file.path.name}: architecture {architecture!r:.80} is not supported; "
-            f"phirt converts {', '.join(ARCHITECTURES)}."
+            f"phirt converts {', '.join(_ARCHITECTURES)}."
         )
     reader = _ConfigReader(file, architecture)
     reader.refuse_unsupported()

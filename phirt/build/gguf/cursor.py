@@ -7,11 +7,11 @@ from typing import BinaryIO, NoReturn
 
 from phirt.errors import ModelFormatError
 
-__all__ = ["MAX_HEADER_BYTES", "U32", "U64", "Cursor"]
+__all__ = ["U32", "U64", "Cursor"]
 
 # Real headers: 2 MB (SmolLM2), 8 MB (Llama 3), 17 MB (260,000 tokens with their merges).
-MAX_HEADER_BYTES = 32 << 20
-MAX_NAME_BYTES = 1 << 10  # the format allows keys of 64 kB; messages quote them
+_MAX_HEADER_BYTES = 32 << 20
+_MAX_NAME_BYTES = 1 << 10  # the format allows keys of 64 kB; messages quote them
 _FIRST_READ = 1 << 16
 
 U32 = struct.Struct("<I")
@@ -53,10 +53,10 @@ class Cursor:
         if end > self.size:
             left = self.size - self.position
             self.fail(f"{what} needs {nbytes:,} bytes, but the file has {left:,} left")
-        if end > MAX_HEADER_BYTES:
-            self.fail(f"{what} reaches past the header's limit of {MAX_HEADER_BYTES:,} bytes")
+        if end > _MAX_HEADER_BYTES:
+            self.fail(f"{what} reaches past the header's limit of {_MAX_HEADER_BYTES:,} bytes")
         # Doubling keeps the copies linear in the header's size.
-        wanted = min(max(end, 2 * len(self._buffer), _FIRST_READ), self.size, MAX_HEADER_BYTES)
+        wanted = min(max(end, 2 * len(self._buffer), _FIRST_READ), self.size, _MAX_HEADER_BYTES)
         self._buffer += self._file.read(wanted - len(self._buffer))
         if end > len(self._buffer):
             self.fail(f"{what} could not be read: the file became shorter meanwhile")
@@ -85,7 +85,7 @@ class Cursor:
         value = self.unsigned(U64, what)
         # Bound by the header's own limit, not the file's size: terabytes of zeros are cheap
         # to make (a sparse file), and each would be a valid empty entry.
-        most = (min(self.size, MAX_HEADER_BYTES) - self.position) // smallest
+        most = (min(self.size, _MAX_HEADER_BYTES) - self.position) // smallest
         if value > most:
             self.fail(f"{what} is {value:,}, and at most {most:,} fit", at=start)
         return value
@@ -103,8 +103,8 @@ class Cursor:
         """The next string, as text: a key or a tensor's name."""
         start = self.position
         encoded = self.string(what)
-        if len(encoded) > MAX_NAME_BYTES:
-            self.fail(f"{what} is longer than {MAX_NAME_BYTES:,} bytes", at=start)
+        if len(encoded) > _MAX_NAME_BYTES:
+            self.fail(f"{what} is longer than {_MAX_NAME_BYTES:,} bytes", at=start)
         try:
             return encoded.decode("utf-8")
         except UnicodeDecodeError:
@@ -120,7 +120,7 @@ class Cursor:
         buffer = self._buffer
         position = self.position
         loaded = len(buffer)
-        limit = min(self.size, MAX_HEADER_BYTES)
+        limit = min(self.size, _MAX_HEADER_BYTES)
         for index in range(count):
             if position + 8 > loaded:
                 self.position = position

@@ -32,11 +32,11 @@ from phirt.errors import UnsupportedModelError
 
 __all__ = ["ArraySpan", "GgufHeader", "MetadataValue", "TensorInfo", "ValueType", "read_header"]
 
-MAGIC = b"GGUF"
-VERSIONS = (2, 3)
-DEFAULT_ALIGNMENT = 32
-MAX_ARRAY_LENGTH = 1 << 20
-MAX_RANK = 4  # GGML_MAX_DIMS
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+_DEFAULT_ALIGNMENT = 32
+_MAX_ARRAY_LENGTH = 1 << 20
+_MAX_RANK = 4  # GGML_MAX_DIMS
 
 
 class ValueType(IntEnum):
@@ -157,10 +157,10 @@ def read_header(file: BinaryIO, *, size: int, name: str) -> GgufHeader:
 
 
 def _read_preamble(cursor: Cursor) -> int:
-    if (magic := cursor.take(4, "the magic number")) != MAGIC:
-        cursor.fail(f"the file starts with {magic!r}, not {MAGIC!r}: it is not GGUF", at=0)
+    if (magic := cursor.take(4, "the magic number")) != _MAGIC:
+        cursor.fail(f"the file starts with {magic!r}, not {_MAGIC!r}: it is not GGUF", at=0)
     version = cursor.unsigned(U32, "the version")
-    if version not in VERSIONS:
+    if version not in _VERSIONS:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         found = f"big-endian, version {swapped}" if swapped in (1, 2, 3) else f"version {version}"
         raise UnsupportedModelError(
@@ -204,8 +204,8 @@ def _read_array(cursor: Cursor, what: str) -> ArraySpan:
     width = 8 if element_type is ValueType.STRING else _SCALARS[element_type].size
     start = cursor.position
     count = cursor.count(f"the length of {what}", smallest=width)
-    if count > MAX_ARRAY_LENGTH:
-        cursor.fail(f"{what} has {count:,} elements, more than {MAX_ARRAY_LENGTH:,}", at=start)
+    if count > _MAX_ARRAY_LENGTH:
+        cursor.fail(f"{what} has {count:,} elements, more than {_MAX_ARRAY_LENGTH:,}", at=start)
     offset = cursor.position
     if element_type is ValueType.STRING:
         cursor.skip_strings(count, what)
@@ -225,7 +225,7 @@ def _value_type(cursor: Cursor, what: str) -> ValueType:
 
 
 def _alignment(cursor: Cursor, metadata: Mapping[str, MetadataValue]) -> int:
-    value = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
+    value = metadata.get("general.alignment", _DEFAULT_ALIGNMENT)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0 or value & (value - 1):
         cursor.fail(f"general.alignment is {value!r}, not a power of two")
     return value
@@ -253,8 +253,8 @@ def _read_tensor_table(cursor: Cursor, count: int) -> list[_TableRow]:
         names.add(name)
         what = f"tensor {name!r}"
         rank = cursor.unsigned(U32, f"the rank of {what}")
-        if not 1 <= rank <= MAX_RANK:
-            cursor.fail(f"{what} has {rank:,} dimensions, not 1 to {MAX_RANK}", at=start)
+        if not 1 <= rank <= _MAX_RANK:
+            cursor.fail(f"{what} has {rank:,} dimensions, not 1 to {_MAX_RANK}", at=start)
         shape = [cursor.unsigned(U64, f"a dimension of {what}") for _ in range(rank)]
         encoding = cursor.unsigned(U32, f"the encoding of {what}")
         offset = cursor.unsigned(U64, f"the offset of {what}")
