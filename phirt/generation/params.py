@@ -11,7 +11,7 @@ from typing import Any
 from phirt.generation import params_checks as check
 from phirt.types import LogitsProcessor
 
-__all__ = ["GenerationParams"]
+__all__ = ["SAMPLING_VALIDATORS", "GenerationParams"]
 
 
 def _no_bias() -> Mapping[int, float]:
