@@ -44,8 +44,9 @@ def load(
             used, or an error is raised.
         backend: A backend name such as ``"onnxruntime"``; ``"auto"`` chooses.
         precision: How a checkpoint is converted: ``"fp32"``, ``"int8"``, ``"int4"``,
-            ``"exact"`` (its own quantized values, repacked), or ``"auto"``. A folder is
-            loaded in the precision that it has.
+            ``"exact"`` (its own quantized values, repacked), or ``"auto"``: ``"int8"``, or
+            ``"fp32"`` for widths that do not divide into blocks. A folder is loaded in the
+            precision that it has.
         threads: Threads within one operator; None for the runtime's default.
         spinning: Whether idle threads spin while they wait for work: True is best on a
             machine that does nothing else, False on a busy one; None spins briefly, which

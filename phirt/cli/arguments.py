@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from phirt._version import __version__
+from phirt.locate import PRECISIONS
 
 __all__ = ["UsageError", "parse"]
 
@@ -57,7 +58,9 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     where.add_argument("--device", default="auto", help="such as cpu (default: auto)")
     where.add_argument("--backend", default="auto", help="such as onnxruntime (default: auto)")
     where.add_argument(
-        "--precision", default="auto", help="of the weights after a conversion (default: auto)"
+        "--precision",
+        default="auto",
+        help=f"what a checkpoint is converted to: {', '.join(PRECISIONS)} (default: auto)",
     )
     where.add_argument("--offline", action="store_true", help="use no network at all")
     how = run.add_argument_group(
