@@ -143,6 +143,47 @@ def test_fork(tiny_model, work, expected):
     assert tiny_model.generate("hello", max_new_tokens=10).token_ids == before
 
 
+_FORK = """
+import os, sys, time, warnings
+import phirt
+
+warnings.simplefilter("ignore", DeprecationWarning)
+model = phirt.load(sys.argv[1], threads=2)
+stream = model.stream("hello", max_new_tokens=5)
+next(stream)
+child = os.fork()
+if child == 0:
+    if sys.argv[2] == "closes":
+        stream.close()
+        model.close()
+    sys.exit(7)  # tears the interpreter down, which multiprocessing's children do not
+deadline = time.monotonic() + 30
+while time.monotonic() < deadline:
+    done, status = os.waitpid(child, os.WNOHANG)
+    if done:
+        print(os.waitstatus_to_exitcode(status), len(list(stream)))
+        break
+    time.sleep(0.01)
+else:
+    os.kill(child, 9)
+    print("the child hangs")
+"""
+
+
+@POSIX
+@pytest.mark.parametrize("child", ["exits", "closes"])
+def test_a_forked_child_ends_like_any_process(tiny_model, child):
+    """Row L4: freeing the model in the child does not wait for threads that are not there."""
+    run = subprocess.run(
+        [sys.executable, "-c", _FORK, str(tiny_model.path), child],
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.stdout.split() == ["7", "4"], run.stdout + run.stderr
+
+
 def test_a_processor_that_raises(tiny_model):
     """Row L8: unchanged, and the next call works."""
 

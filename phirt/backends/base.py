@@ -8,8 +8,11 @@ steps themselves. `import_runtime` turns an import that fails into the right err
 from __future__ import annotations
 
 import abc
+import ctypes
 import importlib
 import os
+import sys
+import weakref
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal
@@ -57,17 +60,35 @@ def _broken(module: str, backend: str, error: Exception) -> BackendBrokenError:
     )
 
 
+_native: weakref.WeakSet[object] = weakref.WeakSet()
+
+
+def _keep_native() -> None:
+    for native in _native:
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(native))
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_keep_native)
+
+
 class ProcessGuard:
     """Refuses a native model in any process but the one that loaded it.
 
     A fork copies the memory of a runtime but not its worker threads: the first call in
-    the child would wait for them for ever.
+    the child would wait for them for ever. So would the destructor, when the child lets
+    go of the model or exits: there the native object is never destroyed.
+
+    Args:
+        native: The runtime's object that owns the threads; weakly referenced.
     """
 
     __slots__ = ("_pid",)
 
-    def __init__(self) -> None:
+    def __init__(self, native: object = None) -> None:
         self._pid = os.getpid()
+        if native is not None:
+            _native.add(native)
 
     def check(self) -> None:
         """Raise `BackendRuntimeError` in a process that was forked after the load."""

@@ -137,9 +137,8 @@ class OrtModel:
         spec = folder.decoder
         self.ort = ort
         self.spec = spec
-        self.guard = ProcessGuard()
         self._inference = _open(ort, folder, device, options)
-        self._closed = False
+        self.guard = ProcessGuard(self._inference)
         self._placement = _read_placement(self._inference, device)
         self.past_names, self.present_names = _cache_names(spec)
         inputs = {i.name: i for i in self._inference.get_inputs()}
@@ -182,15 +181,15 @@ class OrtModel:
 
     def close(self) -> None:
         """Let go of the weights; they are freed when the last session has ended."""
-        self._closed = True
         self._inference = None
 
     def inference(self) -> Any:
         """The runtime's session, for a sequence that starts now."""
-        if self._closed:
+        inference = self._inference  # once: close() may come from another thread
+        if inference is None:
             raise SessionClosedError("The model is closed; load it again.")
         self.guard.check()
-        return self._inference
+        return inference
 
 
 def _cache_names(spec: DecoderSpec) -> tuple[list[str], list[str]]:
