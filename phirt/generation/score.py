@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from phirt.errors import ContextLengthError, UnsupportedModelError
+from phirt.generation.loop import split_prompt
 from phirt.generation.sampling_logprobs import log_softmax_at
 from phirt.protocols import LoadedModel
 from phirt.types import FloatArray
@@ -52,10 +53,12 @@ def score_tokens(model: LoadedModel, token_ids: Sequence[int]) -> FloatArray:
     scores = np.empty(count - 1, np.float32)
     session = model.new_session(max_length=count - 1, expected_length=count - 1)
     try:
-        for start in range(0, count - 1, _CHUNK):
-            chunk = token_ids[start : min(start + _CHUNK, count - 1)]
+        start = 0
+        for size in split_prompt(count - 1, _CHUNK):
+            chunk = token_ids[start : start + size]
             for row, logits in enumerate(session.verify(chunk).numpy(), start):
                 scores[row] = log_softmax_at(logits, [token_ids[row + 1]])[0]
+            start += size
     finally:
         session.close()
     return scores

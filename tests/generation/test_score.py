@@ -31,7 +31,8 @@ def test_long_texts_are_scored_in_parts_and_every_part_counts(monkeypatch):
     model = FakeModel(markov, vocab=4)
     expected = [np.log(TABLE[a, b]) for a, b in itertools.pairwise(ids)]
     assert score_tokens(model, ids) == pytest.approx(expected, abs=1e-6)
-    assert [count for _, count in model.calls] == [3, 3, 3, 1]
+    # Never a part of one token: runtimes take another kernel for it.
+    assert [count for _, count in model.calls] == [3, 3, 2, 2]
 
 
 @pytest.mark.parametrize("ids", [[], [1], [1, 4], [-1, 1]])
