@@ -7,8 +7,8 @@ from pathlib import Path
 from phirt.build.artifact import CONVERTER_VERSION, write_artifact
 from phirt.build.gguf.checkpoint import GgufCheckpoint
 from phirt.build.gguf.tokenizer import read_tokenizer
+from phirt.build.onnx_linear import INT8_BLOCK_SIZES
 from phirt.build.precision import Precision
-from phirt.build.repack import GGML_BLOCK_SIZE
 from phirt.models.hashing import sha256_of
 from phirt.types import ProgressCallback
 
@@ -33,7 +33,7 @@ def choose_precision(source: Path) -> str:
     with GgufCheckpoint(source) as checkpoint:
         config = checkpoint.config
     widths = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_size)
-    divisible = all(width % GGML_BLOCK_SIZE == 0 for width in widths)
+    divisible = all(width % min(INT8_BLOCK_SIZES) == 0 for width in widths)
     return (Precision.INT8 if divisible else Precision.FP32).value
 
 

@@ -33,7 +33,7 @@ from phirt.build.repack import (
 from phirt.errors import UnsupportedModelError
 from phirt.types import FloatArray
 
-__all__ = ["LinearWriter"]
+__all__ = ["INT8_BLOCK_SIZES", "LinearWriter"]
 
 _FLOAT_ENCODINGS = frozenset({"F32", "F16", "BF16"})
 
@@ -43,7 +43,7 @@ _INT8_ACTIVATIONS = 4
 # By preference. At 32 the scales (and the block sums that ONNX Runtime adds to them) are a
 # fifth of what a decode step reads of 8-bit weights; 64 halves that, for a KL of 0.003.
 # 4-bit weights need the finer blocks.
-_INT8_BLOCK_SIZES = (64, 32)
+INT8_BLOCK_SIZES = (64, 32)
 _INT4_BLOCK_SIZES = (32,)
 
 _Weights: TypeAlias = FloatArray | QuantizedMatrix
@@ -198,7 +198,7 @@ class LinearWriter:
                 return quantize_int4(
                     tensor.float32(), block_size=_block_size(tensor, _INT4_BLOCK_SIZES)
                 )
-        return quantize_int8(tensor.float32(), block_size=_block_size(tensor, _INT8_BLOCK_SIZES))
+        return quantize_int8(tensor.float32(), block_size=_block_size(tensor, INT8_BLOCK_SIZES))
 
     def _multiply(self, x: str, weights: _Weights, *, name: str, output: str | None = None) -> str:
         graph = self._graph
