@@ -6,13 +6,14 @@ how to convert, and neither knows of the other.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from phirt.build.precision import Precision
-from phirt.errors import ModelNotFoundError, UnsupportedModelError
+from phirt.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
 from phirt.models.catalog import DEFAULT_MODEL, get_entry, list_models
 from phirt.models.hashing import sha256_of
 from phirt.models.store import Store
@@ -66,24 +67,25 @@ def locate(
     names = [entry.name for entry in list_models()]
     if isinstance(model, str) and (model in names or not _looks_like_path(model)):
         return _from_catalog(model, precision, offline=offline, progress=progress)
-    path = Path(model).expanduser()
-    if path.is_dir():
+    try:
+        path = Path(model).expanduser()
+        exists, is_folder = path.exists(), path.is_dir()
+    except (OSError, RuntimeError) as error:
+        # A name too long, a folder that may not be entered, the home of an unknown user.
+        raise ModelNotFoundError(f"No model can be at {str(model)!r}: {error}.") from error
+    if is_folder:
         if precision != "auto":
             raise ValueError(
                 f"precision={precision!r} was asked for, but {path} is a model folder, which has "
                 "the precision that it was built with. Name a .gguf file to convert it."
             )
         return ModelPlace(path.resolve().name, path)
-    if not path.is_file():
+    if not exists:
         raise ModelNotFoundError(
             f"There is no file or folder {str(model)!r}, and no model of that name; "
             f"the models phirt knows by name are: {', '.join(names)}."
         )
-    if path.suffix.lower() != _SUFFIX:
-        raise UnsupportedModelError(
-            f"{path} is not a {_SUFFIX} file. phirt reads model folders with a genai_config.json, "
-            f"and converts {_SUFFIX} files."
-        )
+    _check_gguf(path)
     return _converted(path, path.stem, sha256_of(path, progress=progress), precision, progress)
 
 
@@ -119,8 +121,23 @@ def _check_precision(precision: str) -> None:
         raise ValueError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
 
 
+def _check_gguf(path: Path) -> None:
+    if path.suffix.lower() != _SUFFIX or not path.is_file():
+        raise UnsupportedModelError(
+            f"{path} is not a {_SUFFIX} file. phirt reads model folders with a genai_config.json, "
+            f"and converts {_SUFFIX} files."
+        )
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise ModelFormatError(f"{path} cannot be read: {error.strerror}.") from error
+
+
 def _looks_like_path(name: str) -> bool:
-    return name.endswith(_SUFFIX) or bool(re.search(r"[\\/]|^[.~]", name)) or Path(name).exists()
+    if name.endswith(_SUFFIX) or re.search(r"[\\/]|^[.~]", name):
+        return True
+    # Where Path.exists raises for a name too long, and takes "" for the current folder.
+    return os.path.exists(name)  # noqa: PTH110
 
 
 def _from_catalog(
@@ -155,4 +172,5 @@ def _converted(
 
 
 def _slug(name: str) -> str:
-    return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-._")[:60] or "model"
+    # Without dots: "con.v2" is a device on Windows, and no name for a folder.
+    return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")[:60] or "model"

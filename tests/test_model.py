@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -160,6 +165,37 @@ class TestLoad:
     def test_nothing_of_that_name(self, tmp_path):
         with pytest.raises(phirt.ModelNotFoundError, match="no file or folder"):
             phirt.load(tmp_path / "none.gguf")
+
+    @pytest.mark.parametrize("name", ["", "a" * 300, "/" + "a" * 5000, "~no-such-user/m.gguf"])
+    def test_what_cannot_be_a_path(self, name):
+        with pytest.raises(phirt.ModelNotFoundError):
+            phirt.load(name)
+
+    @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no FIFO in a folder")
+    def test_a_pipe_is_not_waited_for(self, tmp_path):
+        if sys.platform != "win32":  # for the type checker, which knows no marks
+            os.mkfifo(tmp_path / "pipe.gguf")
+        with pytest.raises(phirt.UnsupportedModelError, match="is not a"):
+            phirt.load(tmp_path / "pipe.gguf")
+
+    def test_a_file_that_may_not_be_read(self, tiny_gguf, monkeypatch):
+        really_open = Path.open
+
+        def refuse(path, *args, **options):
+            if path == tiny_gguf:
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return really_open(path, *args, **options)
+
+        monkeypatch.setattr(Path, "open", refuse)
+        with pytest.raises(phirt.ModelFormatError, match="cannot be read"):
+            phirt.load(tiny_gguf)
+
+    @pytest.mark.parametrize("stem", ["con.v2", "...", "日本"])
+    def test_a_file_of_any_name(self, tiny_gguf, tmp_path, stem):
+        file = tmp_path / f"{stem}.gguf"
+        file.write_bytes(tiny_gguf.read_bytes())
+        with phirt.load(file) as model:
+            assert model.name == stem
 
     def test_an_unknown_name_suggests_the_nearest(self):
         with pytest.raises(phirt.ModelNotFoundError, match="smollm2-135m-instruct"):
