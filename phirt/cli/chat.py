@@ -60,8 +60,8 @@ def _answer(
     except KeyboardInterrupt:
         # The user has read enough. What was said so far stays in the history.
         pass
-    except GenerationError as error:
-        # Such as a message that no longer fits in the context: a shorter one may.
+    except (GenerationError, ValueError) as error:
+        # Such as a message that no longer fits in the context, or is no UTF-8: the next may.
         print(f"phirt: {error}", file=sys.stderr)
     if text:
         history += [asked, {"role": "assistant", "content": text}]

@@ -114,6 +114,7 @@ class TerminalModel(FakeModel):
             raise ContextLengthError("The prompt is too long.", required=9, available=8)
         if "forever" in words:
             return FakeStream(self._forever())
+        words.encode()  # as a tokenizer does: a lone surrogate is a ValueError
         said = "|".join(m["content"] for m in prompt) if isinstance(prompt, list) else prompt
         return FakeStream(iter(["heard: ", said]))
 

@@ -32,7 +32,7 @@ class Terminal:
         self._seen = b""
 
     def type(self, text: str) -> None:
-        os.write(self._master, text.encode())
+        os.write(self._master, text.encode(errors="surrogateescape"))
 
     def expect(self, text: str, *, retype: str = "") -> None:
         """Wait until `text` appears, after all that was expected before."""
@@ -109,6 +109,17 @@ def test_a_message_that_does_not_fit_is_told_and_forgotten(chat):
     chat.expect("> ")
     chat.type("this is too long\n")
     chat.expect("phirt: The prompt is too long.")
+    chat.expect("> ")
+    chat.type("short\n")
+    chat.expect("heard: short\r\n> ")
+    chat.type("\x04")
+    assert chat.process.wait(60) == 0
+
+
+def test_a_message_that_is_not_utf8_is_told_and_forgotten(chat):
+    chat.expect("> ")
+    chat.type("\udcff\n")
+    chat.expect("phirt: ")
     chat.expect("> ")
     chat.type("short\n")
     chat.expect("heard: short\r\n> ")
