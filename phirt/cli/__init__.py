@@ -1,9 +1,9 @@
 """The command line: one small file per command.
 
-What a user gets back: 0 when it worked; 1 for a `PhirtError`, with its message; 2 for
-wrong usage, with one line that says what is wrong; 130 after Ctrl-C, and 141 when the
-reader of the output has gone, as shells count signals. The answer goes to stdout, all
-else to stderr.
+What a user gets back: 0 when it worked; 1 for a `PhirtError` or an error of the system (a
+full disk), with its message; 2 for wrong usage, with one line that says what is wrong; 130
+after Ctrl-C, and 141 when the reader of the output has gone, as shells count signals. The
+answer goes to stdout, all else to stderr.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _INTERRUPTED
     except OSError as error:
-        if not is_broken_pipe(error):
-            raise
         # What is still buffered has nowhere to go; Python would complain of it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _NO_READER
+        if is_broken_pipe(error):
+            return _NO_READER
+        return _fail(_FAILED, f"the system refused a file or the output: {error}")
     return 0
 
 

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import TextIO
 
 __all__ = ["is_broken_pipe", "is_terminal", "open_log", "use_utf8"]
@@ -18,7 +19,14 @@ def is_terminal(stream: TextIO | None) -> bool:
 
 
 def use_utf8() -> None:
-    """Write UTF-8 to files and pipes, and never fail for a character a terminal lacks."""
+    """Write UTF-8 to files and pipes, and never fail for a character a terminal lacks.
+
+    A stream that is closed (``>&-``, or a Windows program without a console) takes all.
+    """
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  for good
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  for good
     for stream in (sys.stdout, sys.stderr):
         if not isinstance(stream, io.TextIOWrapper):
             continue  # replaced by a caller that wants text, not bytes

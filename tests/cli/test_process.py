@@ -48,6 +48,35 @@ def test_ctrl_c_ends_a_run_without_a_traceback():
     assert process.returncode == 130
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a full disk at hand")
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_full_disk_is_one_line(options):
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [*PHIRT, "run", "hello", *options],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+            env=environment(),
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith(b"phirt: the system refused")
+    assert done.stderr.count(b"\n") == 1
+
+
+@pytest.mark.skipif(os.name != "posix", reason="closed by a POSIX shell")
+@pytest.mark.parametrize("closed", [">&-", "2>&-"])
+def test_a_closed_stream_takes_all(closed):
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'exec "$@" {closed}', "sh", *PHIRT, "run", "hello", "-v"],
+        capture_output=True,
+        check=False,
+        env=environment(),
+    )
+    assert done.returncode == 0
+    assert b"Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_pipes_carry_utf8_whatever_the_locale(encoding):
     done = subprocess.run(
