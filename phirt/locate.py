@@ -160,7 +160,7 @@ def _converted(
     if precision == "auto":
         precision = choose_precision(source)
     # All that the artifact depends on, so that a newer converter makes a new one.
-    key = f"{_slug(name)}-{precision}-{sha256[:12]}-v{CONVERTER_VERSION}"
+    key = f"{_slug(name)}-{precision}-{sha256[:24]}-v{CONVERTER_VERSION}"
     store = Store()
     path = store.find(key)
     if path is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -22,6 +24,8 @@ from phirt.text.tokenizer import Tokenizer
 from phirt.types import ChatMessage, FloatArray, ProgressCallback, PromptLike
 
 __all__ = ["Model", "load"]
+
+_MAX_THREADS = 1024
 
 
 def load(
@@ -64,8 +68,7 @@ def load(
         DeviceError: The device is not there, or its memory does not suffice.
         ValueError: A name is malformed or a setting out of range.
     """
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads={threads} must be at least 1, or None")
+    _check_settings(model, threads=threads, spinning=spinning)
     check_available(device=device, backend=backend)
     place = locate(model, precision=precision, offline=offline, progress=progress)
     # Loading begins here: a download or a conversion happens once, and is not part of it.
@@ -78,6 +81,19 @@ def load(
     except BaseException:
         selection.loaded.close()
         raise
+
+
+def _check_settings(model: object, *, threads: object, spinning: object) -> None:
+    if model is not None and not isinstance(model, str | Path):
+        raise TypeError(f"model must be a name or a path, not {type(model).__name__}")
+    if spinning is not None and not isinstance(spinning, bool):
+        raise TypeError(f"spinning must be True, False or None, not {spinning!r}")
+    if threads is None:
+        return
+    if isinstance(threads, bool) or not isinstance(threads, int):
+        raise TypeError(f"threads must be an int or None, not {threads!r}")
+    if not 1 <= threads <= _MAX_THREADS:
+        raise ValueError(f"threads={threads} must be from 1 to {_MAX_THREADS}, or None")
 
 
 class Model:
@@ -98,6 +114,10 @@ class Model:
             if folder.chat_template is None
             else ChatTemplate(folder.chat_template, **folder.special_tokens)
         )
+        # The tokenizer's own end token counts too: a folder's configurations may disagree.
+        end = folder.special_tokens.get("eos_token")
+        end_id = None if end is None else self._tokenizer.token_to_id(end)
+        self._eos_token_ids = frozenset() if end_id is None else frozenset({end_id})
         self._closed = False
         self._load_s = time.perf_counter() - started
 
@@ -184,8 +204,15 @@ class Model:
         """
         if self._closed:
             raise SessionClosedError(f"Model {self.name!r} is closed; load it again.")
-        params = (params if params is not None else GenerationParams()).merge(**overrides)
-        loop = DecodeLoop(self._loaded, self.encode(prompt), params, defaults=self._defaults)
+        if overrides or params is None:
+            params = (params or GenerationParams()).merge(**overrides)
+        loop = DecodeLoop(
+            self._loaded,
+            self.encode(prompt),
+            params,
+            defaults=self._defaults,
+            eos_token_ids=self._eos_token_ids,
+        )
         return TokenStream(loop, self._tokenizer, load_s=self._load_s)
 
     def encode(self, prompt: PromptLike) -> list[int]:
@@ -202,7 +229,7 @@ class Model:
         if kind == "text":
             return self._tokenizer.encode(cast("str", prompt))
         if kind == "ids":
-            return cast("list[int]", list(prompt))
+            return [operator.index(token) for token in cast("list[int]", prompt)]
         if self._template is None:
             raise UnsupportedModelError(
                 f"Model {self.name!r} has no chat template. Pass its prompt as text."
@@ -250,9 +277,13 @@ def _kind_of(prompt: object) -> Literal["text", "chat", "ids"]:
     if isinstance(prompt, Sequence) and not isinstance(prompt, bytes | bytearray):
         if all(isinstance(item, Mapping) for item in prompt):
             return "chat" if prompt else "ids"
-        if all(isinstance(item, int) for item in prompt):
+        if all(isinstance(item, Integral) for item in prompt):
             return "ids"
+        kinds = " and ".join(sorted({type(item).__name__ for item in prompt}))
+        found = f"{type(prompt).__name__} of {kinds}"
+    else:
+        found = type(prompt).__name__
     raise TypeError(
         "A prompt is a string, a list of chat messages ({'role': ..., 'content': ...}) or a list "
-        f"of token ids, not {type(prompt).__name__}."
+        f"of token ids, not {found}"
     )

@@ -44,7 +44,8 @@ class Token:
         id: The token id.
         text: The text that became final with this token. It may be empty, while a
             character or a possible stop string is incomplete, and may hold text of
-            earlier tokens. The texts of a stream add up to `Generation.text`.
+            earlier tokens. The texts of a stream that ran to its end add up to
+            `Generation.text`.
         logprobs: Set if ``GenerationParams.logprobs`` asked for it.
     """
 
@@ -65,7 +66,8 @@ class Generation:
         timings: Times and rates.
         seed: Seed of the random numbers; with equal parameters it repeats the result.
         stop: The stop string or stop token id that ended it, or None.
-        logprobs: One entry per token, if they were asked for.
+        logprobs: One entry per token, None where they were not asked for at the time; None
+            if they never were.
     """
 
     text: str
@@ -75,7 +77,7 @@ class Generation:
     timings: Timings
     seed: int
     stop: str | int | None = None
-    logprobs: list[TokenLogprobs] | None = None
+    logprobs: list[TokenLogprobs | None] | None = None
 
 
 class TokenStream:
@@ -93,9 +95,10 @@ class TokenStream:
         self._stops = StopStrings(loop.stop_strings)
         self._held = ""  # text that new stop strings have yet to see
         self._text: list[str] = []
-        self._logprobs: list[TokenLogprobs] = []
+        self._logprobs: list[TokenLogprobs | None] = []
         self._stop: str | int | None = None
         self._stopped_by_text = False
+        self._flushed = False
         # Held while a step runs; close() from another thread waits for it. Reentrant,
         # because a processor or a signal handler may call close() inside a step.
         self._lock = threading.RLock()
@@ -106,9 +109,17 @@ class TokenStream:
 
     def __next__(self) -> Token:
         with self._lock:
+            if self._stepping:
+                raise RuntimeError("A stream cannot be iterated from inside its own step.")
             self._stepping = True
             try:
                 return self._next()
+            except StopIteration:
+                raise
+            except BaseException:
+                # Whatever it is (Ctrl-C, between two lines of ours), a token may be lost.
+                self._loop.finish("error")
+                raise
             finally:
                 self._stepping = False
 
@@ -142,7 +153,9 @@ class TokenStream:
 
     @property
     def result(self) -> Generation:
-        """What was produced so far; complete once the stream has ended.
+        """What was produced, also by a stream that was closed or ended in an error.
+
+        Its text then includes what was still held back when the stream ended.
 
         Raises:
             RuntimeError: The stream has not ended: iterate it to its end or close it.
@@ -153,6 +166,9 @@ class TokenStream:
                 "The stream has not ended. Iterate it to its end, or close() it, and then ask "
                 "for its result."
             )
+        with self._lock:
+            self._flush()
+        asked = any(entry is not None for entry in self._logprobs)
         return Generation(
             text="".join(self._text),
             token_ids=self._loop.generated_ids,
@@ -161,7 +177,7 @@ class TokenStream:
             timings=self._loop.timings(load_s=self._load_s),
             seed=self._loop.seed,
             stop=self._stop,
-            logprobs=None if self._loop.params.logprobs is None else list(self._logprobs),
+            logprobs=list(self._logprobs) if asked else None,
         )
 
     def close(self) -> None:
@@ -180,6 +196,8 @@ class TokenStream:
         step = self._loop.step()
         if step is None:
             raise StopIteration
+        logprobs = _logprobs(step)
+        self._logprobs.append(logprobs)
         if self._loop.finish_reason == "stop":
             # A stop token ends the text; it is no part of it, even where it spells something.
             self._stop = step.token_id
@@ -188,9 +206,6 @@ class TokenStream:
             text = self._push(self._detokenizer.add(step.token_id))
             if self._loop.finish_reason is not None:
                 text += self._flush()
-        logprobs = _logprobs(step)
-        if logprobs is not None:
-            self._logprobs.append(logprobs)
         return Token(step.token_id, text, logprobs)
 
     def _push(self, text: str) -> str:
@@ -200,9 +215,10 @@ class TokenStream:
         return self._settle(final, matched)
 
     def _flush(self) -> str:
-        """The text that was held back, now that no token follows."""
-        if self._stopped_by_text:
+        """The text that was held back, now that no token follows; once."""
+        if self._flushed or self._stopped_by_text:
             return ""
+        self._flushed = True
         final = self._push(self._detokenizer.flush())
         if not self._stopped_by_text:
             # A stop string may have been complete already, waiting on a longer one.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -37,6 +39,11 @@ class TestGenerate:
         result = tiny_model.generate("hello", **options)
         assert [token.id for token in tokens] == result.token_ids
         assert "".join(token.text for token in tokens) == result.text
+
+    def test_ids_may_be_numpys(self, tiny_model):
+        ids = tiny_model.tokenizer.encode("hello")
+        expected = tiny_model.generate(ids, max_new_tokens=3).token_ids
+        assert tiny_model.generate(list(np.array(ids)), max_new_tokens=3).token_ids == expected
 
     def test_params_and_single_overrides(self, tiny_model):
         params = phirt.GenerationParams(max_new_tokens=5, temperature=0.0)
@@ -114,10 +121,25 @@ class TestBadInput:
         with pytest.raises(TypeError, match="'temperature'"):
             tiny_model.generate("hello", temprature=1.0)
 
-    @pytest.mark.parametrize("prompt", [None, 3, b"bytes", [1, "two"], [{"role": "user"}, 1], 1.5])
-    def test_prompts(self, tiny_model, prompt):
-        with pytest.raises(TypeError):
+    @pytest.mark.parametrize(
+        ("prompt", "found"),
+        [
+            (None, "not NoneType"),
+            (3, "not int"),
+            (b"bytes", "not bytes"),
+            (1.5, "not float"),
+            ([1, "two"], "not list of int and str"),
+            ([1, 2.5], "not list of float and int"),
+            ([{"role": "user"}, 1], "not list of dict and int"),
+        ],
+    )
+    def test_prompts(self, tiny_model, prompt, found):
+        with pytest.raises(TypeError, match=found):
             tiny_model.generate(prompt)
+
+    def test_params_of_another_type(self, tiny_model):
+        with pytest.raises(TypeError, match="not dict"):
+            tiny_model.generate("hello", params={"temperature": 1.0})
 
     @pytest.mark.parametrize("prompt", ["", []])
     def test_empty_prompts(self, tiny_model, prompt):
@@ -146,6 +168,9 @@ class TestLoad:
             ({"backend": "onnxruntim"}, phirt.UnknownBackendError, "Did you mean 'onnxruntime'"),
             ({"precision": "int3"}, ValueError, "'int3' is not one of"),
             ({"threads": 0}, ValueError, "threads=0"),
+            ({"threads": 2**40}, ValueError, "from 1 to"),
+            ({"threads": 1.5}, TypeError, "1.5"),
+            ({"spinning": "no"}, TypeError, "'no'"),
         ],
     )
     def test_settings_that_cannot_be(self, tiny_model, options, error, message):
@@ -206,6 +231,42 @@ class TestLoad:
         file.write_bytes(b"x")
         with pytest.raises(phirt.UnsupportedModelError, match=r"\.gguf"):
             phirt.load(file)
+
+    def test_something_that_names_no_model(self):
+        with pytest.raises(TypeError, match="not int"):
+            phirt.load(5)  # type: ignore[arg-type]  # on purpose
+
+    @pytest.mark.parametrize(
+        ("field", "name"),
+        [("vocab_size", "logits"), ("head_size", "key"), ("num_key_value_heads", "key")],
+    )
+    def test_a_configuration_that_is_not_of_this_graph(self, tiny_model, tmp_path, field, name):
+        folder = tmp_path / "copy"
+        shutil.copytree(tiny_model.path, folder)
+        path = folder / "genai_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        part = config["model"] if field == "vocab_size" else config["model"]["decoder"]
+        part[field] *= 2
+        path.write_text(json.dumps(config), encoding="utf-8")
+        (folder / "phirt.json").unlink()  # which knows the size of every file
+        with pytest.raises(phirt.ModelFormatError, match=rf"{name} has the shape.*graph"):
+            phirt.load(folder)
+
+    def test_the_tokenizers_end_token_ends_a_generation(self, tiny_model, tmp_path):
+        """Stop ids are the union of all sources: here the folder names none but this."""
+        folder = tmp_path / "copy"
+        shutil.copytree(tiny_model.path, folder)
+        ids = tiny_model.tokenizer.encode("hello")
+        third = tiny_model.generate(ids, max_new_tokens=3, ignore_eos=True).token_ids[2]
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["eos_token"] = tiny_model.tokenizer.id_to_token(third)
+        path.write_text(json.dumps(config), encoding="utf-8")
+        (folder / "phirt.json").unlink()
+        with phirt.load(folder) as model:
+            result = model.generate(ids, max_new_tokens=20)
+        assert result.token_ids[-1] == third
+        assert result.finish_reason == "stop"
 
     def test_what_it_says_of_itself(self, tiny_model):
         assert tiny_model.name == "tiny-llama"

@@ -133,6 +133,33 @@ class TestStopStrings:
         assert "".join([*seen, *texts(stream)]) == "abXYcd"
 
 
+class TestTextHeldBack:
+    """What is held back is part of the result, however the stream ended."""
+
+    def test_after_close(self, make):
+        _, stream = make("abST", stop=["STOP"])
+        seen = [next(stream).text for _ in range(4)]
+        stream.close()
+        assert "".join(seen) == "ab"
+        assert stream.result.text == stream.result.text == "abST"
+        assert stream.result.finish_reason == "cancelled"
+
+    def test_after_the_limit_was_lowered(self, make):
+        _, stream = make("abSTuv", stop=["STOP"])
+        for _ in range(4):
+            next(stream)
+        stream.params = stream.params.merge(max_new_tokens=3)
+        assert texts(stream) == []
+        assert (stream.result.text, stream.result.finish_reason) == ("abST", "length")
+
+    def test_after_an_error(self, make):
+        _, stream = make("a😀b", model_options={"fail_at": 4})
+        with pytest.raises(BackendRuntimeError):
+            list(stream)
+        assert stream.result.text == "a\ufffd"
+        assert stream.result.finish_reason == "error"
+
+
 class TestEnding:
     def test_the_result_of_a_stream_that_goes_on_is_an_error(self, make):
         _, stream = make("abc")
@@ -209,6 +236,45 @@ class TestEnding:
         assert len(list(stream)) == 1
         assert stream.result.finish_reason == "cancelled"
         assert model.sessions_open == 0
+
+
+def test_a_stream_is_not_iterated_from_inside_its_own_step(make):
+    def reentrant(token_ids, logits):
+        next(stream)
+        return logits
+
+    _, stream = make("ab", logits_processors=[reentrant])
+    with pytest.raises(RuntimeError, match="inside its own step"):
+        next(stream)
+
+
+def test_ctrl_c_between_two_lines_of_a_step_ends_the_stream(make, monkeypatch):
+    model, stream = make("abc")
+    next(stream)
+
+    def interrupted(text):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stream._stops, "add", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(stream)
+    assert list(stream) == []
+    assert model.sessions_open == 0
+    monkeypatch.undo()
+    assert stream.result.finish_reason == "error"
+
+
+def test_logprobs_that_are_asked_for_now_and_then_keep_their_places(make):
+    _, stream = make("abcd", logprobs=0)
+    next(stream)
+    stream.params = stream.params.merge(logprobs=None)
+    next(stream)
+    next(stream)
+    stream.params = stream.params.merge(logprobs=1)
+    list(stream)
+    entries = stream.result.logprobs
+    assert [entry is not None for entry in entries] == [True, False, False, True, True]
+    assert len(entries) == len(stream.result.token_ids)
 
 
 def test_logprobs_come_with_each_token_and_in_the_result(make):

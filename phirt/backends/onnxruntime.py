@@ -150,6 +150,10 @@ class OrtModel:
             outputs,
             folder,
         )
+        cache_shape = (None, spec.num_kv_heads, None, spec.head_size)
+        for name in self.past_names:
+            _check_shape(inputs[name], cache_shape, folder)
+        _check_shape(outputs[spec.logits], (None, None, spec.vocab_size), folder)
         self.kv_dtype = _dtype(inputs[self.past_names[0]], folder)
         self.logits_dtype = _dtype(outputs[spec.logits], folder)
         self.takes_positions = spec.position_ids is not None and spec.position_ids in inputs
@@ -272,6 +276,21 @@ def _check_names(
         raise UnsupportedModelError(
             f"{folder.artifact.path}: the graph wants the inputs {', '.join(unknown[:3])}, which "
             "phirt's decoder loop does not supply."
+        )
+
+
+def _check_shape(value: Any, wanted: tuple[int | None, ...], folder: ModelFolder) -> None:
+    """Hold the graph's own shape, as far as it is fixed, against the configuration's."""
+    found = value.shape
+    same = len(found) == len(wanted) and all(
+        not isinstance(a, int) or b is None or a == b for a, b in zip(found, wanted, strict=True)
+    )
+    if not same:
+        shape = ", ".join("any" if size is None else str(size) for size in wanted)
+        raise ModelFormatError(
+            f"{folder.artifact.path}: by genai_config.json {value.name} has the shape ({shape}), "
+            f"but the graph in {folder.decoder.filename} says {tuple(found)}. "
+            "Build the model again."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import logging
@@ -45,7 +46,9 @@ class _StderrHandler(logging.Handler):
     """Writes to whatever `sys.stderr` is now: progress bars replace it while they run."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        # A log that cannot be written must not end the work that it tells of.
+        with contextlib.suppress(OSError):
+            print(self.format(record), file=sys.stderr)
 
 
 def open_log(verbosity: int) -> None:

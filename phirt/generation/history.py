@@ -33,6 +33,9 @@ class TokenHistory:
         prompt = np.asarray(prompt_ids)
         if prompt.size == 0:
             prompt = np.empty(0, np.int64)
+        if prompt.dtype.kind in "Of" and all(isinstance(token, int) for token in prompt_ids):
+            # Some are beyond 64 bits, for which numpy takes another kind of number.
+            raise _out_of_range(max(prompt_ids, key=abs), vocab_size)
         if prompt.dtype.kind not in "iu" or prompt.ndim != 1:
             raise TypeError(
                 f"Prompt token ids must be a flat sequence of integers, "

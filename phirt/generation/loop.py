@@ -8,7 +8,7 @@ the logits, and chooses a token. Text, stop strings and streaming are built on t
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from phirt.errors import ContextLengthError, SessionClosedError
@@ -62,6 +62,8 @@ class DecodeLoop:
         prompt_ids: At least one token id.
         params: What the caller asked for; may be replaced between two steps.
         defaults: What the model's own configuration says about sampling.
+        eos_token_ids: Ids that end a generation, besides those that the loaded model
+            names; those beyond the vocabulary are left out.
         prefill_chunk: Most prompt tokens per call of the model.
 
     Raises:
@@ -77,6 +79,7 @@ class DecodeLoop:
         params: GenerationParams,
         *,
         defaults: GenerationDefaults,
+        eos_token_ids: Iterable[int] = (),
         prefill_chunk: int = PREFILL_CHUNK,
     ) -> None:
         self._watch = Stopwatch()
@@ -84,6 +87,8 @@ class DecodeLoop:
             raise ValueError(f"prefill_chunk={prefill_chunk} must be at least {_SMALLEST_CHUNK}")
         self._model = model
         self._defaults = defaults
+        vocab = range(model.info.vocab_size)
+        self._eos_ids = model.info.eos_token_ids.union(i for i in eos_token_ids if i in vocab)
         self._prefill_chunk = prefill_chunk
         if len(prompt_ids) == 0:
             raise ValueError("The prompt is empty; it needs at least one token.")
@@ -93,8 +98,8 @@ class DecodeLoop:
         self._last = -1
         self._cancelled = threading.Event()
         self._reason: FinishReason | None = None
-        self._random = RandomStream(params.seed)
         self._use(params)
+        self._random = RandomStream(params.seed)
 
     @property
     def params(self) -> GenerationParams:
@@ -202,19 +207,22 @@ class DecodeLoop:
         The first reason stands, but for a stop string, which is seen only after the loop
         has ended on the same token.
         """
-        if self._reason is None or (reason == "stop_string" and self._reason != "error"):
+        on_a_token = self._reason in ("stop", "length", "context")
+        if self._reason is None or (reason == "stop_string" and on_a_token):
             self._reason = reason
         session, self._session = self._session, None
         if session is not None:
             session.close()
 
     def _use(self, params: GenerationParams) -> None:
+        if not isinstance(params, GenerationParams):
+            raise TypeError(f"params must be a GenerationParams, not {type(params).__name__}")
         info = self._model.info
         params.check_vocabulary(info.vocab_size)
         resolved = resolve(params, self._defaults)
         # Without a limit of its own, a request still needs room for one token.
         _check_fits(self.prompt_length, resolved.max_new_tokens or 1, info.context_length)
-        eos = frozenset() if resolved.ignore_eos else info.eos_token_ids
+        eos = frozenset() if resolved.ignore_eos else self._eos_ids
         self._stop_ids = eos.union(resolved.stop_token_ids)
         self._processors = build_processors(resolved, stop_token_ids=self._stop_ids)
         self._params, self._resolved = params, resolved

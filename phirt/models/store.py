@@ -45,11 +45,19 @@ class Store:
     Args:
         root: Where the store lies; ``PHIRT_HOME``, or else the platform's user data
             folder, where not given.
+
+    Raises:
+        StoreError: The path begins with the home folder of an unknown user.
     """
 
     def __init__(self, root: Path | None = None) -> None:
         home = root or os.environ.get("PHIRT_HOME") or _user_data_folder()
-        self.root = Path(home).expanduser().absolute()
+        try:
+            self.root = Path(home).expanduser().absolute()
+        except RuntimeError as error:
+            raise StoreError(
+                f"The store cannot be at {str(home)!r}: {error} Set PHIRT_HOME to a folder."
+            ) from error
 
     def find(self, key: str) -> Path | None:
         """The installed artifact of that key, or None.

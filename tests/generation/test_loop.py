@@ -39,6 +39,17 @@ class TestEnding:
         assert ids(loop) == [3, 4, 5]
         assert loop.finish_reason == "stop"
 
+    def test_stop_tokens_that_others_name_stop_too(self):
+        loop = DecodeLoop(
+            FakeModel(vocab=8, eos=[7]),
+            [1, 2],
+            GenerationParams(),
+            defaults=GenerationDefaults(),
+            eos_token_ids=[5, 99],
+        )
+        assert ids(loop) == [3, 4, 5]
+        assert loop.finish_reason == "stop"
+
     def test_ignore_eos_goes_on_but_the_callers_own_stop_tokens_still_stop(self):
         loop = make_loop(FakeModel(eos=[5]), ignore_eos=True, stop_token_ids=[7])
         assert ids(loop) == [3, 4, 5, 6, 7]
@@ -64,7 +75,7 @@ class TestEnding:
         assert len(ids(loop)) == 4
         assert loop.finish_reason == "length"
 
-    @pytest.mark.parametrize("prompt", [[], [8], [-1], [2**40]])
+    @pytest.mark.parametrize("prompt", [[], [8], [-1], [2**40], [2**64], [-1, 2**63]])
     def test_a_bad_prompt_is_refused_before_the_model_is_called(self, prompt):
         model = FakeModel(vocab=8)
         with pytest.raises(ValueError, match=r"prompt|[Tt]oken id"):
@@ -151,6 +162,11 @@ class TestParamsBetweenTokens:
         assert loop.step().token_id == 3
         loop.params = loop.params.merge(logit_bias={0: 100.0})
         assert loop.step().token_id == 0
+
+    def test_params_of_another_type(self):
+        loop = make_loop(FakeModel(), max_new_tokens=3)
+        with pytest.raises(TypeError, match="not dict"):
+            loop.params = {"temperature": 1.0}
 
     def test_wrong_params_leave_the_old_ones(self):
         loop = make_loop(FakeModel(vocab=8), max_new_tokens=3)
