@@ -15,7 +15,7 @@ from pathlib import Path
 from phirt.build.precision import Precision
 from phirt.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
 from phirt.models.catalog import DEFAULT_MODEL, get_entry, list_models
-from phirt.models.hashing import sha256_of
+from phirt.models.hashing import remembered_sha256
 from phirt.models.store import Store
 from phirt.types import ProgressCallback
 
@@ -86,7 +86,8 @@ def locate(
             f"the models phirt knows by name are: {', '.join(names)}."
         )
     _check_gguf(path)
-    return _converted(path, path.stem, sha256_of(path, progress=progress), precision, progress)
+    sha256 = remembered_sha256(path, Store().root / "hashes", progress=progress)
+    return _converted(path, path.stem, sha256, precision, progress)
 
 
 def pull(

@@ -17,6 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phirt.backends.base import BaseSession, HostLogits, ProcessGuard, import_runtime
+from phirt.backends.onnxruntime_graph import (
+    KEEP_INPUT,
+    cache_names,
+    check_graph,
+    check_supported,
+    dtype_of,
+)
 from phirt.errors import (
     BackendBrokenError,
     BackendNotInstalledError,
@@ -25,10 +32,8 @@ from phirt.errors import (
     ModelFormatError,
     OutOfMemoryError,
     SessionClosedError,
-    UnsupportedModelError,
 )
 from phirt.models.folder import ModelFolder, read_folder
-from phirt.models.genai_config import DecoderSpec
 from phirt.models.onnx_safety import check_onnx_files
 from phirt.protocols import (
     Accept,
@@ -48,16 +53,11 @@ _NAME = "onnxruntime"
 _EXTRA = "cpu"
 _PROVIDERS = {"cpu": "CPUExecutionProvider"}
 _FORMAT = "onnx-genai"
-_KEEP_INPUT = "num_logits_to_keep"
 _BUCKET = 256  # tokens; the KV cache is allocated in multiples of it
 # How long an idle worker spins before it sleeps, in microseconds. Measured on 2 cores
 # (docs/performance.md): alone it decodes as fast as with onnxruntime's own, far longer
 # spinning, and beside one busy process 1.5 times as fast.
 _SPIN_US = "10"
-_DTYPES: dict[str, np.dtype[Any]] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-}
 _OUT_OF_MEMORY = re.compile(r"bad.?alloc|failed to allocate|not enough memory", re.IGNORECASE)
 
 
@@ -123,7 +123,7 @@ class OnnxRuntimeBackend:
         """
         ort = _import()
         folder = read_folder(artifact.path)
-        _check_supported(folder)
+        check_supported(folder)
         check_onnx_files(folder.artifact.path, folder.decoder.filename)
         return OrtModel(ort, folder, device, options)
 
@@ -140,27 +140,17 @@ class OrtModel:
         self._inference = _open(ort, folder, device, options)
         self.guard = ProcessGuard(self._inference)
         self._placement = _read_placement(self._inference, device)
-        self.past_names, self.present_names = _cache_names(spec)
+        self.past_names, self.present_names = cache_names(spec)
         inputs = {i.name: i for i in self._inference.get_inputs()}
         outputs = {o.name: o for o in self._inference.get_outputs()}
-        _check_names(
-            [spec.input_ids, spec.attention_mask, *self.past_names],
-            inputs,
-            [spec.logits, *self.present_names],
-            outputs,
-            folder,
-        )
-        cache_shape = (None, spec.num_kv_heads, None, spec.head_size)
-        for name in self.past_names:
-            _check_shape(inputs[name], cache_shape, folder)
-        _check_shape(outputs[spec.logits], (None, None, spec.vocab_size), folder)
-        self.kv_dtype = _dtype(inputs[self.past_names[0]], folder)
-        self.logits_dtype = _dtype(outputs[spec.logits], folder)
+        check_graph(inputs, outputs, folder)
+        self.kv_dtype = dtype_of(inputs[self.past_names[0]], folder)
+        self.logits_dtype = dtype_of(outputs[spec.logits], folder)
         self.takes_positions = spec.position_ids is not None and spec.position_ids in inputs
         overridable = {i.name for i in self._inference.get_overridable_initializers()}
         # A graph that declares one position computes the LM head for the last one only.
         self.prunes_logits = outputs[spec.logits].shape[1] == 1
-        self.can_keep_logits = _KEEP_INPUT in overridable | inputs.keys()
+        self.can_keep_logits = KEEP_INPUT in overridable | inputs.keys()
         self.capabilities = Capabilities(
             truncate=True,
             verify=self.can_keep_logits or not self.prunes_logits,
@@ -194,25 +184,6 @@ class OrtModel:
             raise SessionClosedError("The model is closed; load it again.")
         self.guard.check()
         return inference
-
-
-def _cache_names(spec: DecoderSpec) -> tuple[list[str], list[str]]:
-    """Names of the cache's inputs and of its outputs: key and value of each layer in turn."""
-    layers = range(spec.num_layers)
-    past = [name for layer in layers for name in spec.past_names(layer)]
-    return past, [name for layer in layers for name in spec.present_names(layer)]
-
-
-def _check_supported(folder: ModelFolder) -> None:
-    if folder.decoder.window is not None or not folder.decoder.search.get(
-        "past_present_share_buffer", False
-    ):
-        raise UnsupportedModelError(
-            f"{folder.artifact.path}: phirt drives graphs that keep past and present keys and "
-            "values in one full-length buffer (past_present_share_buffer in genai_config.json), "
-            "and this one does not. Build it with onnxruntime-genai's Model Builder, or name "
-            "the checkpoint's .gguf file."
-        )
 
 
 def _open(ort: Any, folder: ModelFolder, device: str, options: LoadOptions) -> Any:
@@ -254,54 +225,6 @@ def _read_placement(inference: Any, device: str) -> Placement:
             f"Device {device!r} was asked for, but every node runs on {', '.join(nodes)}."
         )
     return Placement(device=device, provider=provider, nodes=nodes)
-
-
-def _check_names(
-    needed_inputs: Sequence[str],
-    inputs: dict[str, Any],
-    needed_outputs: Sequence[str],
-    outputs: dict[str, Any],
-    folder: ModelFolder,
-) -> None:
-    missing = [n for n in needed_inputs if n not in inputs]
-    missing += [n for n in needed_outputs if n not in outputs]
-    if missing:
-        raise ModelFormatError(
-            f"{folder.artifact.path}: genai_config.json names {', '.join(missing[:3])}, which the "
-            f"graph in {folder.decoder.filename} does not have. Build the model again."
-        )
-    known = {*needed_inputs, folder.decoder.position_ids, _KEEP_INPUT}
-    unknown = [n for n in inputs if n not in known]
-    if unknown:
-        raise UnsupportedModelError(
-            f"{folder.artifact.path}: the graph wants the inputs {', '.join(unknown[:3])}, which "
-            "phirt's decoder loop does not supply."
-        )
-
-
-def _check_shape(value: Any, wanted: tuple[int | None, ...], folder: ModelFolder) -> None:
-    """Hold the graph's own shape, as far as it is fixed, against the configuration's."""
-    found = value.shape
-    same = len(found) == len(wanted) and all(
-        not isinstance(a, int) or b is None or a == b for a, b in zip(found, wanted, strict=True)
-    )
-    if not same:
-        shape = ", ".join("any" if size is None else str(size) for size in wanted)
-        raise ModelFormatError(
-            f"{folder.artifact.path}: by genai_config.json {value.name} has the shape ({shape}), "
-            f"but the graph in {folder.decoder.filename} says {tuple(found)}. "
-            "Build the model again."
-        )
-
-
-def _dtype(value: Any, folder: ModelFolder) -> np.dtype[Any]:
-    try:
-        return _DTYPES[value.type]
-    except KeyError:
-        raise UnsupportedModelError(
-            f"{folder.artifact.path}: {value.name} is {value.type}; phirt drives graphs whose KV "
-            f"cache and logits are {' or '.join(_DTYPES)}."
-        ) from None
 
 
 class OrtSession(BaseSession):
@@ -369,7 +292,7 @@ class OrtSession(BaseSession):
             # An input with a default is bound as a value: binding it by its array looks
             # for it among the required inputs only.
             self._keep[0] = keep
-            binding.bind_ortvalue_input(_KEEP_INPUT, self._keep_value)
+            binding.bind_ortvalue_input(KEEP_INPUT, self._keep_value)
             self._bound_keep = keep
         one_row = count == 1 or (not every_position and model.prunes_logits)
         if not one_row:

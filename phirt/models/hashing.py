@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
+import secrets
+import time
+from contextlib import suppress
 from pathlib import Path
 
+from phirt.errors import ModelError
+from phirt.models.safe_json import read_json
 from phirt.types import Progress, ProgressCallback
 
-__all__ = ["sha256_of"]
+__all__ = ["remembered_sha256", "sha256_of"]
 
 _BLOCK_BYTES = 1 << 20
+# A file written this recently may be written again within one tick of its file system's
+# clock, which its time of modification would not show.
+_SETTLED_NS = 3_000_000_000
 
 
 def sha256_of(path: Path, *, progress: ProgressCallback | None = None) -> str:
@@ -28,3 +38,37 @@ def sha256_of(path: Path, *, progress: ProgressCallback | None = None) -> str:
             if progress is not None:
                 progress(Progress("hash", completed, total, "bytes"))
     return digest.hexdigest()
+
+
+def remembered_sha256(
+    path: Path, records: Path, *, progress: ProgressCallback | None = None
+) -> str:
+    """`sha256_of`, read again only if the file's size or time of modification has changed.
+
+    Hashing gigabytes would cost seconds at every load.
+
+    Args:
+        path: The file.
+        records: Folder in which to remember; made when there is something to remember.
+        progress: As for `sha256_of`.
+    """
+    path = path.resolve()
+    status = path.stat()
+    known = {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    record = records / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
+    try:
+        found = read_json(record)
+    except (ModelError, OSError):
+        found = {}
+    sha256 = found.pop("sha256", None)
+    if isinstance(sha256, str) and found == known:
+        return sha256
+    sha256 = sha256_of(path, progress=progress)
+    if time.time_ns() - status.st_mtime_ns > _SETTLED_NS:
+        # Only a convenience: whether the records can be written is not this load's concern.
+        with suppress(OSError):
+            records.mkdir(parents=True, exist_ok=True)
+            partial = record.with_suffix(f".{secrets.token_hex(8)}")
+            partial.write_text(json.dumps({**known, "sha256": sha256}), encoding="utf-8")
+            partial.replace(record)
+    return sha256

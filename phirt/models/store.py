@@ -2,6 +2,7 @@
 
     ROOT/models/KEY/        one artifact: a model folder with its phirt.json
     ROOT/sources/SHA256/    one file as it was fetched, and source.json about it
+    ROOT/hashes/            SHA-256 of users' own files, by path, size and time
     ROOT/locks/  ROOT/tmp/  housekeeping of `stage`
 
 ROOT is ``PHIRT_HOME``, or else the platform's folder for a user's data.
