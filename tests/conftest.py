@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -48,6 +49,19 @@ def smollm2(model_home: Path) -> Iterator[phirt.Model]:
         patch.setenv("PHIRT_HOME", str(model_home))
         with phirt.load() as model:
             yield model
+
+
+@pytest.fixture(scope="session")
+def smollm2_oracle(smollm2_gguf: Path) -> Any:
+    """What transformers makes of the default model's GGUF file, in float32 on torch."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        return AutoModelForCausalLM.from_pretrained(
+            smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
+        ).eval()
 
 
 @pytest.fixture(scope="session")
