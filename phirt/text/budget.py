@@ -12,6 +12,7 @@ with the messages, which are the caller's own, so that long chats render.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sized
 from typing import Any
 
@@ -100,6 +101,12 @@ class Meter:
         if length > MAX_ITEMS:
             raise exceeded("list size", f"{MAX_ITEMS:,} elements")
         self.charge(length * ELEMENT)
+
+    def take_all(self, iterator: Iterator[Any]) -> list[Any]:
+        """The elements of an iterator, of which there may be as many as in a list."""
+        taken = list(itertools.islice(iterator, MAX_ITEMS + 1))
+        self.charge_items(len(taken))
+        return taken
 
     def charge_result(self, value: object) -> None:
         """Spend the work of what an operation returned: its own size, not that of its parts."""

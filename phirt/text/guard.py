@@ -1,6 +1,6 @@
 """What chat templates may do, and what they pay for it: the policy of the sandbox.
 
-Knows nothing of jinja2: `phirt.text.chat` connects it to jinja2's hooks. While a template
+Knows nothing of jinja2: `phirt.text.sandbox` connects it to jinja2's hooks. While a template
 renders, `METER` holds the meter of that render, for its thread alone.
 """
 
@@ -126,6 +126,10 @@ def paid_filter(name: str, function: Function, passed: tuple[type, ...]) -> Func
         first = args[:1] if isinstance(args[0], passed) else ()
         operands = charge_filter(meter, name, args[len(first) :], kwargs)
         result = function(*first, *operands, **kwargs)
+        if isinstance(result, Iterator):
+            # At once, and still an iterator: a chain of lazy ones would run, and be freed, as
+            # deep as it is long, and overflow the stack of the process.
+            result = iter(meter.take_all(result))
         meter.charge_result(result)
         return result
 

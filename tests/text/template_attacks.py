@@ -82,7 +82,7 @@ ATTACKS = {
     "a range of a billion": ("{{ range(10**9) | list }}", "budget of list size"),
     "a chain of iterators": (
         _grow("[1]", "{% set ns.x = ns.x | select %}", "{{ ns.x | list }}", times=20_000),
-        "budget of recursion",
+        "budget of work",
     ),
     "unpaid elements of iterators": (
         _repeat("{% set s = [0] * 99999 %}", "s | select | first"),
@@ -294,8 +294,6 @@ ESCAPES = {
     "class of a number through format's width": "{{ '{:{w.__class__}}'.format(1, w='') }}",
     "mro of a class": "{{ cycler.mro() }}",
     "subclasses": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-    "frame of a generator": "{{ ([1] | map('string')).gi_frame }}",
-    "code of a generator": "{{ ([1] | map('string')).gi_code.co_consts }}",
     "a method of a list that changes it": "{{ messages.append(1) }}",
     "a method of a message that changes it": "{{ messages[0].update({'role': 'x'}) }}",
     "a private name in a namespace": "{{ namespace(__class__=1) }}",

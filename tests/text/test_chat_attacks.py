@@ -43,6 +43,22 @@ def test_all_attacks_together_stay_below_the_memory_bound(outcomes):
     assert max(peak for *_, peak in outcomes.values()) < MEBIBYTES
 
 
+@pytest.mark.parametrize("attribute", ["gi_frame", "gi_code"])
+def test_filters_hand_out_no_generators(attribute):
+    """Their frames lead out, and long chains of them overflow the stack as they are freed."""
+    source = "{{ ([1] | map('string'))." + attribute + " is undefined }}"
+    assert ChatTemplate(source).render(CHAT) == "True"
+
+
+def test_what_filters_hand_out_behaves_as_generators_do():
+    """True even where nothing is in it, and gone once it was read."""
+    source = (
+        "{% set x = [] | select %}{% set y = [1, 2] | select %}"
+        "{{ 'yes' if x else 'no' }} {{ y | list }} {{ y | list }}"
+    )
+    assert ChatTemplate(source).render(CHAT) == "yes [1, 2] []"
+
+
 @pytest.mark.parametrize("source", ESCAPES.values(), ids=ESCAPES.keys())
 def test_a_way_out_of_the_sandbox_is_refused(source):
     with pytest.raises(UnsafeModelError, match="chat template"):
