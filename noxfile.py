@@ -76,6 +76,14 @@ def tests(session: nox.Session) -> None:
     session.run("pytest", *session.posargs, env={"PHIRT_HOME": str(STORE)})
 
 
+@nox.session(name="tests-on", python=["3.12", "3.13"])
+def tests_on(session: nox.Session) -> None:
+    """The test suite on later Pythons, on demand, without the oracle and its pinned torch."""
+    groups = [group for group in PYPROJECT["dependency-groups"]["test"] if isinstance(group, str)]
+    session.install("-e", ".[cpu]", *groups)
+    session.run("pytest", "-m", "not oracle", *session.posargs, env={"PHIRT_HOME": str(STORE)})
+
+
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation, with every warning and every dangling reference an error."""
