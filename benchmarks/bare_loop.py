@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -15,6 +16,13 @@ from phirt.models.folder import read_folder
 __all__ = ["BareLoop"]
 
 
+def _open(path: Path, threads: int) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
 class BareLoop:
     """A model folder on the CPU.
 
@@ -22,16 +30,14 @@ class BareLoop:
         folder: The folder; its graph follows onnxruntime-genai's conventions.
         capacity: Most tokens of a sequence.
         threads: Threads within an operator.
+        session: An ``InferenceSession`` of that folder to run, in place of an own one.
     """
 
-    def __init__(self, folder: Path, *, capacity: int = 2048, threads: int = 2) -> None:
+    def __init__(
+        self, folder: Path, *, capacity: int = 2048, threads: int = 2, session: Any = None
+    ) -> None:
         spec = read_folder(folder).decoder
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        self._session = onnxruntime.InferenceSession(
-            folder / spec.filename, options, providers=["CPUExecutionProvider"]
-        )
+        self._session = session or _open(folder / spec.filename, threads)
         self._vocab = spec.vocab_size
         optional = [item.name for item in self._session.get_overridable_initializers()]
         self._can_keep = "num_logits_to_keep" in optional
