@@ -119,10 +119,10 @@ def measure_speed(
     return speeds
 
 
-def convert_all(source: Path, workplace: Path) -> dict[str, Path]:
+def convert_all(source: Path, scratch: Path) -> dict[str, Path]:
     folders = {}
     for precision in Precision:
-        folder = workplace / precision
+        folder = scratch / precision
         folder.mkdir()
         convert_gguf(source, folder, precision=precision)
         folders[str(precision)] = folder
@@ -171,8 +171,8 @@ def main() -> None:
     source = arguments.source or resolve_source(
         get_entry(DEFAULT_MODEL).source, Store(), offline=False, progress=None
     )
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as workplace:
-        folders = convert_all(source, Path(workplace))
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        folders = convert_all(source, Path(scratch))
         folders |= {folder.name: folder for folder in arguments.also}
         print_table(folders, rounds=arguments.rounds)
 

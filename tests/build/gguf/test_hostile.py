@@ -1,4 +1,4 @@
-"""Headers that lie cost nothing and get an error that says where (ABUSE.md, M7)."""
+"""Headers that lie cost nothing and get an error that says where. Row M7."""
 
 from __future__ import annotations
 

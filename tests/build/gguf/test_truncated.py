@@ -1,4 +1,4 @@
-"""A small GGUF file cut at every byte: a typed error, never a crash (ABUSE.md, M8)."""
+"""A small GGUF file cut at every byte: a typed error, never a crash. Row M8."""
 
 from __future__ import annotations
 
