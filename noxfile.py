@@ -79,6 +79,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(name="tests-on", python=["3.12", "3.13"])
 def tests_on(session: nox.Session) -> None:
     """The test suite on later Pythons, on demand, without the oracle and its pinned torch."""
+    # The same list without the oracle's group, which is the entry that is no string.
     groups = [group for group in PYPROJECT["dependency-groups"]["test"] if isinstance(group, str)]
     session.install("-e", ".[cpu]", *groups)
     session.run("pytest", "-m", "not oracle", *session.posargs, env={"PHIRT_HOME": str(STORE)})
