@@ -10,23 +10,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
-from phirt.types import Artifact, FloatArray
+from phirt.types import Artifact, FloatArray, IntArray
 
 __all__ = [
+    "CAPABILITIES",
     "Accept",
     "Availability",
     "Backend",
     "Capabilities",
+    "KVCache",
+    "KVLayer",
+    "KVPool",
+    "Lack",
     "LoadOptions",
     "LoadedModel",
     "Logits",
     "ModelInfo",
     "Placement",
     "Reject",
+    "RopeRegime",
     "Session",
+    "TopK",
 ]
+
+RopeRegime: TypeAlias = Literal["short", "long"]
+"""Which rotary factors a LongRoPE session uses; fixed for the session's life."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +48,9 @@ class ModelInfo:
         context_length: The most tokens that one session may hold.
         eos_token_ids: Stop ids named by the model's own configuration.
         weights_id: Identifies the weights: KV caches are valid only within one.
-        rope_boundary: Length at which the rotary embedding changes regime (LongRoPE),
-            or None. Crossing it needs a new session and one whole prefill.
+        rope_boundary: The longest sequence with the short rotary factors (LongRoPE's
+            ``original_max_position_embeddings``), or None. Crossing it needs a new session
+            and one whole prefill.
         window: Attention window in tokens, or None for full attention.
     """
 
@@ -50,20 +61,63 @@ class ModelInfo:
     rope_boundary: int | None = None
     window: int | None = None
 
+    def regime(self, max_length: int) -> RopeRegime | None:
+        """The rotary regime of a session made for ``max_length`` tokens; None without LongRoPE."""
+        if self.rope_boundary is None:
+            return None
+        return "long" if max_length > self.rope_boundary else "short"
+
+
+@dataclass(frozen=True, slots=True)
+class Lack:
+    """Why a capability is missing.
+
+    Attributes:
+        kind: ``never``: the runtime's nature forbids it; ``not yet``: the runtime could, and
+            phirt does not use it so far; ``this version``: the installed runtime fails at it.
+        reason: Why, in one sentence.
+    """
+
+    kind: Literal["never", "not yet", "this version"]
+    reason: str
+
+
+CAPABILITIES = ("truncate", "verify", "interrupt", "kv", "batch", "topk")
+"""The names of the capabilities, in the order in which they are reported."""
+
 
 @dataclass(frozen=True, slots=True)
 class Capabilities:
     """What sessions of a loaded model can do beyond prefill and decode.
 
+    Each capability is there, or its absence is explained: constructing one without the
+    other raises `ValueError`.
+
     Attributes:
         truncate: ``Session.truncate`` works, down to ``Session.floor``.
         verify: ``Session.verify`` works: logits of every position in one run.
         interrupt: ``Session.interrupt`` ends a call that is running.
+        kv: ``Session.export_kv`` and ``Session.import_kv`` work.
+        batch: ``LoadedModel.new_pool`` works.
+        topk: ``Logits.top`` moves k values to the host, not the vocabulary.
+        lacks: For each capability that is missing, why.
     """
 
     truncate: bool = False
     verify: bool = False
     interrupt: bool = False
+    kv: bool = False
+    batch: bool = False
+    topk: bool = False
+    lacks: Mapping[str, Lack] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        missing = {name for name in CAPABILITIES if not getattr(self, name)}
+        if missing != self.lacks.keys():
+            wrong = ", ".join(sorted(missing ^ self.lacks.keys()))
+            raise ValueError(
+                f"Capabilities: lacks must explain each missing capability and no other: {wrong}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +146,64 @@ class Logits(Protocol):
         that keeps the values copies them first.
         """
 
+    def top(self, k: int) -> TopK:
+        """The k largest logits of each position.
+
+        It works on every backend; with the capability ``topk`` the vocabulary stays on the
+        device.
+
+        Raises:
+            ValueError: ``k`` is not from 1 to the size of the vocabulary.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class TopK:
+    """The largest logits of n positions, largest first; equal ones by ascending id.
+
+    Attributes:
+        ids: Token ids, shape (n, k).
+        values: Their logits, shape (n, k).
+        logsumexp: Logarithm of the sum of the exponentials of *all* logits of the position,
+            shape (n,): ``values - logsumexp[:, None]`` are log-probabilities.
+    """
+
+    ids: IntArray
+    values: FloatArray
+    logsumexp: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class KVLayer:
+    """Keys and values of one layer.
+
+    Attributes:
+        start: Position of the first one held: 0, or more where a window has rolled on.
+        key: Keys after rotary embedding, shape (kv_heads, positions, head_size), float32.
+        value: Values, likewise.
+    """
+
+    start: int
+    key: FloatArray
+    value: FloatArray
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """The cache of one session, on the host: portable between backends.
+
+    Attributes:
+        layers: One entry per decoder block.
+        length: Tokens that the session holds; every layer ends there.
+        weights_id: `ModelInfo.weights_id` of the model that it is of.
+        regime: Which rotary factors its keys were made with; None without LongRoPE.
+    """
+
+    layers: tuple[KVLayer, ...]
+    length: int
+    weights_id: str
+    regime: RopeRegime | None = None
+
 
 class Session(Protocol):
     """One sequence and its KV cache, on one device.
@@ -99,6 +211,11 @@ class Session(Protocol):
     A session is used by one thread at a time; only `interrupt` may be called from
     another. After `close`, and after any call that raised, every method but `close`
     raises `SessionClosedError`.
+
+    With LongRoPE (`ModelInfo.rope_boundary`), a session made for more tokens than the
+    boundary is in the long regime: its first call appends more tokens than the boundary,
+    and its `floor` is the boundary. Runtimes choose the rotary factors by the length of
+    each call, and a shorter first call would mix the regimes.
     """
 
     @property
@@ -125,6 +242,18 @@ class Session(Protocol):
     def truncate(self, length: int) -> None:
         """Forget every token from ``length`` on (capability ``truncate``)."""
 
+    def export_kv(self) -> KVCache:
+        """A copy of the cache, on the host (capability ``kv``)."""
+
+    def import_kv(self, cache: KVCache) -> None:
+        """Take over a cache; the session must be empty (capability ``kv``).
+
+        Raises:
+            ValueError: The session is not empty, or the cache is of other weights, of another
+                rotary regime or of another shape.
+            ContextLengthError: It is longer than the session may become.
+        """
+
     def interrupt(self) -> None:
         """End the call that is running, if any, from any thread (capability ``interrupt``).
 
@@ -134,6 +263,54 @@ class Session(Protocol):
 
     def close(self) -> None:
         """Free the cache. Calling it again does nothing."""
+
+
+class KVPool(Protocol):
+    """Rows of one KV buffer, decoded together (capability ``batch``).
+
+    A pool is used by one thread at a time, and its sessions with it.
+    """
+
+    @property
+    def slots(self) -> int:
+        """Rows."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each row has room for."""
+
+    def acquire(self) -> Session:
+        """A session on a free row; closing it frees the row.
+
+        Raises:
+            ValueError: No row is free.
+        """
+
+    def decode(self, sessions: Sequence[Session], token_ids: Sequence[int]) -> Logits:
+        """Append one token to each of several sessions in one run.
+
+        Args:
+            sessions: Distinct sessions of this pool, each already prefilled; their lengths
+                may differ.
+            token_ids: One token for each.
+
+        Returns:
+            Logits, one row per session, in the order given.
+        """
+
+    def reorder(self, sessions: Sequence[Session], sources: Sequence[Session]) -> None:
+        """Make each session a copy of its source, all at once (beams, n > 1).
+
+        Args:
+            sessions: Distinct sessions of this pool, which are overwritten.
+            sources: Sessions of this pool, one for each; one may be named several times.
+        """
+
+    def grow(self, capacity: int) -> None:
+        """Give every row room for ``capacity`` tokens; never shrinks."""
+
+    def close(self) -> None:
+        """Close every session and free the buffer. Idempotent."""
 
 
 class LoadedModel(Protocol):
@@ -152,7 +329,8 @@ class LoadedModel(Protocol):
         """How sessions may run at once.
 
         ``parallel``: from any threads at once; ``serial``: one call at a time;
-        ``owner``: every call from the one thread that loaded the model.
+        ``owner``: every call on the one thread that loaded the model. For the last two
+        the adapter sees to it (`phirt.backends.execution`): callers may use any thread.
         """
 
     def new_session(self, *, max_length: int, expected_length: int) -> Session:
@@ -165,6 +343,18 @@ class LoadedModel(Protocol):
 
         Raises:
             OutOfMemoryError: The KV cache cannot be allocated.
+        """
+
+    def new_pool(self, *, slots: int, capacity: int, expected_length: int) -> KVPool:
+        """Make a pool (capability ``batch``).
+
+        Args:
+            slots: Rows.
+            capacity: Most tokens that one row will ever hold; fixes the rope regime.
+            expected_length: Tokens to allocate for now.
+
+        Raises:
+            OutOfMemoryError: The buffer cannot be allocated.
         """
 
     def placement(self) -> Placement:
@@ -227,9 +417,16 @@ class Reject:
 
 
 class Backend(Protocol):
-    """A stateless adapter to one runtime."""
+    """A stateless adapter to one runtime.
+
+    Attributes:
+        name: What users call it.
+        formats: The layouts (`Artifact.format`) that it reads, preferred first. A checkpoint
+            that is in none of them is converted to the first that phirt can write.
+    """
 
     name: ClassVar[str]
+    formats: ClassVar[tuple[str, ...]]
 
     def probe(self) -> list[Availability]:
         """What this machine offers to the runtime. Never raises for a missing runtime."""

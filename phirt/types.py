@@ -74,10 +74,14 @@ class Artifact:
     Attributes:
         name: What the user calls it: a catalog name, or the folder's or file's name.
         path: The folder.
-        format: Its layout, such as ``"onnx-genai"``.
+        format: Its layout: ``"onnx-genai"`` (genai_config.json and a graph), ``"onnx"``
+            (config.json and onnx/model*.onnx, as Optimum exports), ``"openvino"``
+            (openvino_model.xml), ``"safetensors"`` (config.json and safetensors files) or
+            ``"mlx"`` (the same, quantized by mlx-lm).
         architecture: The decoder's architecture, such as ``"llama"``, where it is known.
         precision: How its weights are stored, such as ``"int8"``, where it is known.
-        weights_id: Identifies the weights; two artifacts with one id hold the same.
+        weights_id: Identifies the weights; two artifacts with one id hold the same values,
+            whatever their layout.
     """
 
     name: str

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Literal
 
 import numpy as np
 
-from phirt.backends.base import BaseSession, HostLogits, ProcessGuard
+from phirt.backends.base import BaseModel, BaseSession, HostLogits
+from phirt.backends.execution import Execution, Parallel
 from phirt.errors import BackendRuntimeError
-from phirt.protocols import Capabilities, Logits, ModelInfo, Placement
+from phirt.protocols import Capabilities, Lack, Logits, ModelInfo, Placement
 from phirt.types import FloatArray
 
 Rule = Callable[[list[int]], FloatArray]
@@ -39,7 +39,7 @@ def scripted(vocab: int, prompt_length: int, script: Sequence[int]) -> Rule:
     return rule
 
 
-class FakeModel:
+class FakeModel(BaseModel):
     """A `phirt.protocols.LoadedModel` that counts what is done to it.
 
     Args:
@@ -49,8 +49,6 @@ class FakeModel:
         fail_at: The call (counted over all sessions, from 1) that raises.
     """
 
-    concurrency: Literal["parallel"] = "parallel"
-
     def __init__(
         self,
         rule: Rule | None = None,
@@ -59,19 +57,31 @@ class FakeModel:
         context_length: int = 64,
         eos: Sequence[int] = (),
         can_extend: bool = True,
+        rope_boundary: int | None = None,
         delay: float = 0.0,
         stall: bool = False,
         fail_at: int | None = None,
         verify: bool = True,
+        execution: Execution | None = None,
     ) -> None:
         self.rule = rule or counting(vocab)
-        self.info = ModelInfo(
-            vocab_size=vocab,
-            context_length=context_length,
-            eos_token_ids=frozenset(eos),
-            weights_id="fake",
+        missing = ["kv", "batch", "topk"] + ([] if verify else ["verify"])
+        super().__init__(
+            info=ModelInfo(
+                vocab_size=vocab,
+                context_length=context_length,
+                eos_token_ids=frozenset(eos),
+                weights_id="fake",
+                rope_boundary=rope_boundary,
+            ),
+            capabilities=Capabilities(
+                truncate=True,
+                verify=verify,
+                interrupt=True,
+                lacks={name: Lack("never", "a fake needs none") for name in missing},
+            ),
+            execution=execution or Parallel(),
         )
-        self.capabilities = Capabilities(truncate=True, verify=verify, interrupt=True)
         self.can_extend = can_extend
         self.delay = delay
         self.stall = stall
@@ -81,9 +91,9 @@ class FakeModel:
         self.sessions_open = 0
         self.requests: list[tuple[int, int]] = []
         self.closed = False
-        self.guard = ProcessGuard()
+        self.unloaded = False
 
-    def new_session(self, *, max_length: int, expected_length: int) -> FakeSession:
+    def _new_session(self, *, max_length: int, expected_length: int) -> FakeSession:
         self.sessions_opened += 1
         self.sessions_open += 1
         self.requests.append((max_length, expected_length))
@@ -94,11 +104,15 @@ class FakeModel:
 
     def close(self) -> None:
         self.closed = True
+        super().close()
+
+    def _unload(self) -> None:
+        self.unloaded = True
 
 
 class FakeSession(BaseSession):
     def __init__(self, model: FakeModel, *, max_length: int) -> None:
-        super().__init__(model.guard, max_length=max_length)
+        super().__init__(model, max_length=max_length)
         self.model = model
         self.ids: list[int] = []
         self.stop_stalling = threading.Event()

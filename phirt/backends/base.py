@@ -1,22 +1,24 @@
 """What adapters share, so that each of them holds only what its runtime needs.
 
-`BaseSession` keeps the promises of the `Session` protocol that do not depend on the
-runtime (states, lengths, process and interruption checks), and leaves an adapter the
-steps themselves. `import_runtime` turns an import that fails into the right error.
+`BaseModel` and `BaseSession` keep the promises of the protocols that do not depend on the
+runtime (states, lengths, threads, process and interruption checks), and leave an adapter
+the steps themselves. `import_runtime` turns an import that fails into the right error.
 """
 
 from __future__ import annotations
 
 import abc
-import ctypes
 import importlib
-import os
-import sys
+import threading
 import weakref
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Literal
 
+import numpy as np
+
+from phirt.backends.execution import Execution
+from phirt.backends.process import ProcessGuard
 from phirt.errors import (
     BackendBrokenError,
     BackendNotInstalledError,
@@ -24,10 +26,20 @@ from phirt.errors import (
     ContextLengthError,
     SessionClosedError,
 )
-from phirt.protocols import Logits
+from phirt.protocols import (
+    Capabilities,
+    KVCache,
+    KVLayer,
+    KVPool,
+    Logits,
+    ModelInfo,
+    Placement,
+    Session,
+    TopK,
+)
 from phirt.types import FloatArray
 
-__all__ = ["BaseSession", "HostLogits", "ProcessGuard", "import_runtime"]
+__all__ = ["BaseModel", "BaseSession", "HostLogits", "import_runtime"]
 
 
 def import_runtime(module: str, *, backend: str, extra: str) -> ModuleType:
@@ -60,46 +72,6 @@ def _broken(module: str, backend: str, error: Exception) -> BackendBrokenError:
     )
 
 
-_native: weakref.WeakSet[object] = weakref.WeakSet()
-
-
-def _keep_native() -> None:
-    for native in _native:
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(native))
-
-
-if sys.platform != "win32":
-    os.register_at_fork(after_in_child=_keep_native)
-
-
-class ProcessGuard:
-    """Refuses a native model in any process but the one that loaded it.
-
-    A fork copies the memory of a runtime but not its worker threads: the first call in
-    the child would wait for them for ever. So would the destructor, when the child lets
-    go of the model or exits: there the native object is never destroyed.
-
-    Args:
-        native: The runtime's object that owns the threads; weakly referenced.
-    """
-
-    __slots__ = ("_pid",)
-
-    def __init__(self, native: object = None) -> None:
-        self._pid = os.getpid()
-        if native is not None:
-            _native.add(native)
-
-    def check(self) -> None:
-        """Raise `BackendRuntimeError` in a process that was forked after the load."""
-        if os.getpid() != self._pid:
-            raise BackendRuntimeError(
-                f"The model was loaded in process {self._pid} and is used in process "
-                f"{os.getpid()}, forked from it. A runtime's threads do not survive a fork: "
-                "load the model in the child process, or start workers with 'spawn'."
-            )
-
-
 class HostLogits:
     """Logits that are in host memory already.
 
@@ -116,24 +88,143 @@ class HostLogits:
         """The logits, shape (n, vocab)."""
         return self._values
 
+    def top(self, k: int) -> TopK:
+        """The k largest logits of each position, chosen on the host."""
+        logits = self._values
+        if not 1 <= k <= logits.shape[1]:
+            raise ValueError(f"k={k} must be from 1 to the vocabulary's size, {logits.shape[1]}")
+        # Partial selection in O(vocabulary), then a sort of the k that are left.
+        ids = np.sort(np.argpartition(-logits, k - 1, axis=1)[:, :k], axis=1)
+        values = np.take_along_axis(logits, ids, axis=1)
+        order = np.argsort(-values, axis=1, kind="stable")
+        ids = np.take_along_axis(ids, order, axis=1)
+        values = np.take_along_axis(values, order, axis=1)
+        peak = values[:, :1]
+        total = np.exp(logits - peak).sum(axis=1, dtype=np.float64)
+        return TopK(ids, values, (peak[:, 0] + np.log(total)).astype(np.float32))
+
+
+class BaseModel(abc.ABC):
+    """The part of `phirt.protocols.LoadedModel` that is the same on every runtime.
+
+    An adapter loads its weights in ``__init__`` and implements ``_new_session``,
+    ``placement`` and ``_unload``, and ``_new_pool`` where it declares "batch".
+
+    Args:
+        info: What the loop must know about the weights.
+        capabilities: What the sessions can do.
+        execution: How calls run; the weights were loaded through it.
+        native: The runtime's object that owns its threads, see `ProcessGuard`.
+    """
+
+    def __init__(
+        self,
+        *,
+        info: ModelInfo,
+        capabilities: Capabilities,
+        execution: Execution,
+        native: object = None,
+    ) -> None:
+        self.info = info
+        self.capabilities = capabilities
+        self.execution = execution
+        self.guard = ProcessGuard(native)
+        self._lock = threading.Lock()
+        self._open_sessions: weakref.WeakSet[BaseSession] = weakref.WeakSet()
+        self._closed = False
+        self._unloaded = False
+
+    @property
+    def concurrency(self) -> Literal["parallel", "serial", "owner"]:
+        """How sessions may run at once."""
+        return self.execution.concurrency
+
+    def new_session(self, *, max_length: int, expected_length: int) -> Session:
+        """Start a sequence with room for ``expected_length`` tokens."""
+        self._check_open()
+        return self.execution.run(
+            lambda: self._new_session(max_length=max_length, expected_length=expected_length)
+        )
+
+    def new_pool(self, *, slots: int, capacity: int, expected_length: int) -> KVPool:
+        """Make a pool of ``slots`` rows."""
+        self._check_open()
+        return self.execution.run(
+            lambda: self._new_pool(slots=slots, capacity=capacity, expected_length=expected_length)
+        )
+
+    @abc.abstractmethod
+    def placement(self) -> Placement:
+        """Where the graph really runs, as the runtime tells."""
+
+    def close(self) -> None:
+        """Free the weights once the last session has ended. Calling it again does nothing."""
+        with self._lock:
+            self._closed = True
+        self._unload_if_done()
+
+    def session_opened(self, session: BaseSession) -> None:
+        """A session begins to need the weights; from now on they stay."""
+        with self._lock:
+            if self._closed:
+                raise SessionClosedError("The model is closed; load it again.")
+            self._open_sessions.add(session)
+
+    def session_closed(self, session: BaseSession) -> None:
+        """A session needs the weights no longer."""
+        with self._lock:
+            self._open_sessions.discard(session)
+        if self._closed:
+            self._unload_if_done()
+
+    def _unload_if_done(self) -> None:
+        with self._lock:
+            if self._unloaded or self._open_sessions:
+                return
+            self._unloaded = True
+        if self.guard.is_of_this_process:
+            self.execution.run(self._unload)
+            self.execution.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosedError("The model is closed; load it again.")
+        self.guard.check()
+
+    @abc.abstractmethod
+    def _new_session(self, *, max_length: int, expected_length: int) -> BaseSession:
+        """Start a sequence; raise only phirt's errors."""
+
+    def _new_pool(self, *, slots: int, capacity: int, expected_length: int) -> KVPool:
+        raise NotImplementedError("declared without the capability 'batch'")
+
+    @abc.abstractmethod
+    def _unload(self) -> None:
+        """Let go of the weights."""
+
 
 class BaseSession(abc.ABC):
     """The part of `phirt.protocols.Session` that is the same on every runtime.
 
-    An adapter implements ``_append`` and ``_free``, and whichever of ``_truncate`` and
-    ``_interrupt`` its capabilities declare. Lengths are kept here: ``_append`` sees
-    ``self._length`` as it was before the call.
+    An adapter implements ``_append`` and ``_free``, and whichever of ``_truncate``,
+    ``_interrupt``, ``_export_kv`` and ``_import_kv`` its capabilities declare. All but
+    ``_interrupt`` run as the model's `Execution` says. Lengths are kept here: ``_append``
+    sees ``self._length`` as it was before the call.
 
     Args:
-        guard: The process that may use the session.
-        max_length: The most tokens that it may hold.
+        model: The model that it is of.
+        max_length: The most tokens that it may hold; fixes the rotary regime.
     """
 
-    def __init__(self, guard: ProcessGuard, *, max_length: int) -> None:
-        self._guard = guard
+    def __init__(self, model: BaseModel, *, max_length: int) -> None:
+        self._base_model = model
+        self._info = model.info
+        self._execution = model.execution
         self._max_length = max_length
+        self._regime = model.info.regime(max_length)
         self._length = 0
         self._state: Literal["open", "failed", "interrupted", "closed"] = "open"
+        model.session_opened(self)
 
     @property
     def length(self) -> int:
@@ -143,7 +234,7 @@ class BaseSession(abc.ABC):
     @property
     def floor(self) -> int:
         """The smallest length that `truncate` can reach now."""
-        return 0
+        return self._regime_floor()
 
     @property
     def can_extend(self) -> bool:
@@ -170,8 +261,27 @@ class BaseSession(abc.ABC):
                 f"Cannot truncate to {length} tokens: the session holds {self._length} "
                 f"and can go back to {self.floor}."
             )
-        self._truncate(length)
+        self._execution.run(self._truncate, length)
         self._length = length
+
+    def export_kv(self) -> KVCache:
+        """A copy of the cache, on the host."""
+        self._check_open()
+        layers = self._execution.run(self._export_kv) if self._length else ()
+        return KVCache(tuple(layers), self._length, self._info.weights_id, self._regime)
+
+    def import_kv(self, cache: KVCache) -> None:
+        """Take over a cache; the session must be empty."""
+        self._check_open()
+        self._check_cache(cache)
+        try:
+            self._execution.run(self._import_kv, cache)
+        except ValueError:
+            raise  # of another shape: found before anything was written
+        except BaseException:
+            self._state = "failed"
+            raise
+        self._length = cache.length
 
     def interrupt(self) -> None:
         """End the call that is running, if any. Callable from any thread."""
@@ -183,7 +293,10 @@ class BaseSession(abc.ABC):
         """Free the cache. Calling it again does nothing."""
         if self._state != "closed":
             self._state = "closed"
-            self._free()
+            model = self._base_model
+            if model.guard.is_of_this_process:
+                self._execution.run(self._free)
+            model.session_closed(self)
 
     def _run(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
         self._check_open()
@@ -197,8 +310,13 @@ class BaseSession(abc.ABC):
                 required=self._length + count,
                 available=self._max_length,
             )
+        if self._regime == "long" and self._length + count <= (self._info.rope_boundary or 0):
+            raise ValueError(
+                f"A session made for more than {self._info.rope_boundary} tokens uses the long "
+                f"rotary factors, so its first call must append more than that, not {count}."
+            )
         try:
-            logits = self._append(token_ids, every_position=every_position)
+            logits = self._execution.run(self._append_tokens, token_ids, every_position)
         except BaseException as error:
             # The cache may be half written: only close() makes sense from here on.
             if self._state == "interrupted" and isinstance(error, BackendRuntimeError):
@@ -211,7 +329,34 @@ class BaseSession(abc.ABC):
     def _check_open(self) -> None:
         if self._state != "open":
             raise SessionClosedError(f"The session is {self._state}; start a new one.")
-        self._guard.check()
+        self._base_model.guard.check()
+
+    def _check_cache(self, cache: KVCache) -> None:
+        if self._length:
+            raise ValueError(
+                f"A cache can be taken over by an empty session only; this one holds "
+                f"{self._length} tokens."
+            )
+        if (cache.weights_id, cache.regime) != (self._info.weights_id, self._regime):
+            raise ValueError(
+                f"The cache is of the weights {cache.weights_id!r} with rotary regime "
+                f"{cache.regime!r}; this session needs {self._info.weights_id!r} and "
+                f"{self._regime!r}. Prefill the tokens instead."
+            )
+        if cache.length > self._max_length:
+            raise ContextLengthError(
+                f"The cache holds {cache.length} tokens; the session was made for "
+                f"{self._max_length}.",
+                required=cache.length,
+                available=self._max_length,
+            )
+
+    def _regime_floor(self) -> int:
+        """Below this the runtime would go on with the short rotary factors."""
+        return (self._info.rope_boundary or 0) if self._regime == "long" and self._length else 0
+
+    def _append_tokens(self, token_ids: Sequence[int], every_position: bool) -> Logits:
+        return self._append(token_ids, every_position=every_position)
 
     @abc.abstractmethod
     def _append(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
@@ -223,6 +368,13 @@ class BaseSession(abc.ABC):
 
     def _truncate(self, length: int) -> None:
         raise NotImplementedError("declared without the capability 'truncate'")
+
+    def _export_kv(self) -> Sequence[KVLayer]:
+        raise NotImplementedError("declared without the capability 'kv'")
+
+    def _import_kv(self, cache: KVCache) -> None:
+        """Write the cache; raise `ValueError` for a wrong shape before writing anything."""
+        raise NotImplementedError("declared without the capability 'kv'")
 
     def _interrupt(self) -> None:
         raise NotImplementedError("declared without the capability 'interrupt'")

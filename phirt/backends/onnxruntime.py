@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from phirt.backends.base import BaseSession, HostLogits, ProcessGuard, import_runtime
+from phirt.backends.base import BaseModel, BaseSession, HostLogits, import_runtime
+from phirt.backends.execution import Parallel
 from phirt.backends.onnxruntime_graph import (
     KEEP_INPUT,
     cache_names,
@@ -31,7 +32,6 @@ from phirt.errors import (
     DevicePlacementError,
     ModelFormatError,
     OutOfMemoryError,
-    SessionClosedError,
 )
 from phirt.models.folder import ModelFolder, read_folder
 from phirt.models.onnx_safety import check_onnx_files
@@ -39,6 +39,7 @@ from phirt.protocols import (
     Accept,
     Availability,
     Capabilities,
+    Lack,
     LoadOptions,
     Logits,
     ModelInfo,
@@ -85,6 +86,7 @@ class OnnxRuntimeBackend:
     """Adapter to ONNX Runtime's ``InferenceSession``, on the CPU."""
 
     name: ClassVar[str] = _NAME
+    formats: ClassVar[tuple[str, ...]] = (_FORMAT,)
 
     def probe(self) -> list[Availability]:
         """Whether onnxruntime imports, and offers the CPU."""
@@ -128,62 +130,58 @@ class OnnxRuntimeBackend:
         return OrtModel(ort, folder, device, options)
 
 
-class OrtModel:
+class OrtModel(BaseModel):
     """A decoder graph in an ``InferenceSession``."""
-
-    concurrency: Literal["parallel"] = "parallel"
 
     def __init__(self, ort: Any, folder: ModelFolder, device: str, options: LoadOptions) -> None:
         spec = folder.decoder
         self.ort = ort
         self.spec = spec
-        self._inference = _open(ort, folder, device, options)
-        self.guard = ProcessGuard(self._inference)
-        self._placement = _read_placement(self._inference, device)
+        self.inference = _open(ort, folder, device, options)
+        self._placement = _read_placement(self.inference, device)
         self.past_names, self.present_names = cache_names(spec)
-        inputs = {i.name: i for i in self._inference.get_inputs()}
-        outputs = {o.name: o for o in self._inference.get_outputs()}
+        inputs = {i.name: i for i in self.inference.get_inputs()}
+        outputs = {o.name: o for o in self.inference.get_outputs()}
         check_graph(inputs, outputs, folder)
         self.kv_dtype = dtype_of(inputs[self.past_names[0]], folder)
         self.logits_dtype = dtype_of(outputs[spec.logits], folder)
         self.takes_positions = spec.position_ids is not None and spec.position_ids in inputs
-        overridable = {i.name for i in self._inference.get_overridable_initializers()}
+        overridable = {i.name for i in self.inference.get_overridable_initializers()}
         # A graph that declares one position computes the LM head for the last one only.
         self.prunes_logits = outputs[spec.logits].shape[1] == 1
         self.can_keep_logits = KEEP_INPUT in overridable | inputs.keys()
-        self.capabilities = Capabilities(
-            truncate=True,
-            verify=self.can_keep_logits or not self.prunes_logits,
-            interrupt=True,
-        )
-        self.info = ModelInfo(
-            vocab_size=spec.vocab_size,
-            context_length=spec.context_length,
-            eos_token_ids=frozenset(spec.eos_token_ids),
-            weights_id=folder.artifact.weights_id,
-        )
-
-    def new_session(self, *, max_length: int, expected_length: int) -> OrtSession:
-        """Start a sequence with room for ``expected_length`` tokens."""
-        return OrtSession(
-            self, self.inference(), max_length=max_length, expected_length=expected_length
+        super().__init__(
+            info=ModelInfo(
+                vocab_size=spec.vocab_size,
+                context_length=spec.context_length,
+                eos_token_ids=frozenset(spec.eos_token_ids),
+                weights_id=folder.artifact.weights_id,
+            ),
+            capabilities=_capabilities(verify=self.can_keep_logits or not self.prunes_logits),
+            execution=Parallel(),
+            native=self.inference,
         )
 
     def placement(self) -> Placement:
         """Which execution provider took how many nodes, as onnxruntime recorded it."""
         return self._placement
 
-    def close(self) -> None:
-        """Let go of the weights; they are freed when the last session has ended."""
-        self._inference = None
+    def _new_session(self, *, max_length: int, expected_length: int) -> OrtSession:
+        return OrtSession(self, max_length=max_length, expected_length=expected_length)
 
-    def inference(self) -> Any:
-        """The runtime's session, for a sequence that starts now."""
-        inference = self._inference  # once: close() may come from another thread
-        if inference is None:
-            raise SessionClosedError("The model is closed; load it again.")
-        self.guard.check()
-        return inference
+    def _unload(self) -> None:
+        self.inference = None
+
+
+def _capabilities(*, verify: bool) -> Capabilities:
+    lacks = {
+        "kv": Lack("not yet", "the buffers are host memory, and phirt does not copy them yet"),
+        "batch": Lack("not yet", "phirt binds one row per buffer so far"),
+        "topk": Lack("not yet", "the logits are in host memory on the CPU"),
+    }
+    if not verify:
+        lacks["verify"] = Lack("never", "the graph computes the logits of the last position only")
+    return Capabilities(truncate=True, verify=verify, interrupt=True, lacks=lacks)
 
 
 def _open(ort: Any, folder: ModelFolder, device: str, options: LoadOptions) -> Any:
@@ -230,13 +228,11 @@ def _read_placement(inference: Any, device: str) -> Placement:
 class OrtSession(BaseSession):
     """One sequence: KV buffers bound once, and a few small inputs rebound at each step."""
 
-    def __init__(
-        self, model: OrtModel, inference: Any, *, max_length: int, expected_length: int
-    ) -> None:
-        super().__init__(model.guard, max_length=max_length)
+    def __init__(self, model: OrtModel, *, max_length: int, expected_length: int) -> None:
+        super().__init__(model, max_length=max_length)
         self._model = model
-        self._inference = inference
-        self._binding = inference.io_binding()
+        self._inference = model.inference
+        self._binding = self._inference.io_binding()
         self._run_options = model.ort.RunOptions()
         self._run_options.log_severity_level = 4
         self._cache: list[NDArray[Any]] = []

@@ -1,0 +1,140 @@
+"""How the calls of one loaded model reach its runtime: at once, in turn, or on one thread.
+
+A loaded model declares its ``concurrency``; its `Execution` makes it true, so that callers
+may use any threads whatever the runtime allows.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, Literal, Protocol, TypeVar
+
+from phirt.errors import SessionClosedError
+
+__all__ = ["Execution", "InTurn", "OneThread", "Parallel"]
+
+_T = TypeVar("_T")
+
+
+class Execution(Protocol):
+    """Runs the calls of one loaded model as its runtime needs it."""
+
+    @property
+    def concurrency(self) -> Literal["parallel", "serial", "owner"]:
+        """What callers are told."""
+
+    def run(self, call: Callable[..., _T], *args: Any) -> _T:
+        """Run a call and return its result, or raise what it raised."""
+
+    def close(self) -> None:
+        """No call will come any more. Idempotent."""
+
+
+class Parallel:
+    """Each call runs on the thread that made it, at any time."""
+
+    concurrency: Literal["parallel"] = "parallel"
+
+    def run(self, call: Callable[..., _T], *args: Any) -> _T:
+        """Run the call."""
+        return call(*args)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class InTurn:
+    """Each call runs on the thread that made it, one at a time."""
+
+    concurrency: Literal["serial"] = "serial"
+
+    def __init__(self) -> None:
+        # Freeing may happen inside a call, when a garbage collection finds a session.
+        self._lock = threading.RLock()
+
+    def run(self, call: Callable[..., _T], *args: Any) -> _T:
+        """Run the call once no other is running."""
+        with self._lock:
+            return call(*args)
+
+    def close(self) -> None:
+        """Nothing to do."""
+
+
+class OneThread:
+    """Every call runs on one thread of the model's own.
+
+    Args:
+        name: What the thread is called.
+    """
+
+    concurrency: Literal["owner"] = "owner"
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], Any] | None] = (
+            queue.SimpleQueue()
+        )
+        self._lock = threading.Lock()
+        self._closed = False
+        # A daemon: a model that nobody closed must not keep the process alive.
+        self._thread = threading.Thread(target=_serve, args=(self._calls,), name=name, daemon=True)
+        self._thread.start()
+
+    def run(self, call: Callable[..., _T], *args: Any) -> _T:
+        """Run the call on the thread, and wait for it.
+
+        An exception that is thrown into the waiting thread (Ctrl-C) is raised only once the
+        call has ended: what it works on is not the caller's to touch before.
+
+        Raises:
+            SessionClosedError: `close` was called before.
+        """
+        if threading.current_thread() is self._thread:
+            return call(*args)
+        future: Future[_T] = Future()
+        with self._lock:
+            if self._closed:
+                raise SessionClosedError("The model is closed; load it again.")
+            self._calls.put((future, call, args))
+        return _wait(future)
+
+    def close(self) -> None:
+        """End the thread once it has done what was asked of it before."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._calls.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+
+def _serve(calls: queue.SimpleQueue[Any]) -> None:
+    while (item := calls.get()) is not None:
+        future, call, args = item
+        try:
+            future.set_result(call(*args))
+        except BaseException as error:
+            future.set_exception(error)  # It belongs to the caller's thread.
+        # Not kept until the next call: what it refers to may be large.
+        del item, future, call, args
+
+
+def _wait(future: Future[_T]) -> _T:
+    interruption: BaseException | None = None
+    while True:
+        try:
+            result = future.result()
+        except BaseException as error:
+            if not future.done():
+                interruption = error
+                continue
+            if interruption is not None:
+                raise interruption from error
+            raise
+        if interruption is not None:
+            raise interruption
+        return result
