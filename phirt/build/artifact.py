@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from phirt._version import __version__
-from phirt.build.checkpoint import Checkpoint, CheckpointTensor, DecoderConfig
+from phirt.build.checkpoint import Checkpoint, CheckpointTensor
 from phirt.build.gguf.tokenizer import GgufTokenizer
 from phirt.build.onnx_decoder import write_decoder
 from phirt.build.precision import Precision
+from phirt.models.decoder_config import DecoderConfig
 from phirt.models.genai_config import GENAI_CONFIG_NAME
 from phirt.models.manifest import write_manifest
 from phirt.types import Progress, ProgressCallback

@@ -15,15 +15,15 @@ import numpy as np
 import onnx
 
 from phirt._version import __version__
-from phirt.build.checkpoint import Checkpoint, DecoderConfig
+from phirt.build.checkpoint import Checkpoint
 from phirt.build.onnx_external import ExternalData
 from phirt.build.onnx_graph import GraphBuilder
 from phirt.build.onnx_linear import LinearWriter
 from phirt.build.precision import Precision
 from phirt.errors import UnsupportedModelError
-from phirt.types import FloatArray
+from phirt.models.decoder_config import DecoderConfig
 
-__all__ = ["rotary_tables", "write_decoder"]
+__all__ = ["write_decoder"]
 
 _INT64_MAX = np.iinfo(np.int64).max
 _INT32 = onnx.TensorProto.INT32
@@ -66,7 +66,7 @@ def _check_supported(config: DecoderConfig) -> None:
         "embedding": config.vocab_size * config.hidden_size,
         "MLP": 2 * config.intermediate_size * config.hidden_size,
         "attention": 3 * config.num_heads * config.head_size * config.hidden_size,
-        "rotary tables": config.context_length * config.rope_dim,
+        "rotary tables": config.context_length * config.rope.dim,
     }
     name, largest = max(elements.items(), key=lambda item: item[1])
     if 4 * largest > _LARGEST_ARRAY_BYTES:
@@ -74,24 +74,6 @@ def _check_supported(config: DecoderConfig) -> None:
             f"The {name} of this model would take {4 * largest:,} bytes in one piece; phirt "
             f"converts up to {_LARGEST_ARRAY_BYTES:,}. Check the file, or use a smaller model."
         )
-
-
-def rotary_tables(config: DecoderConfig) -> tuple[FloatArray, FloatArray]:
-    """Cosines and sines of every position's rotary angles.
-
-    The angle of pair ``i`` at position ``p`` is ``p * theta ** (-2 i / d) / factor[i]``
-    (Su et al. 2021, RoFormer, equation 15; factors as Llama 3 scales them). Frequency and
-    angle are rounded to float32, as in `transformers`.
-
-    Returns:
-        Two arrays of shape (context_length, rope_dim / 2).
-    """
-    exponents = np.arange(0, config.rope_dim, 2) / config.rope_dim
-    frequencies = (config.rope_theta**-exponents).astype(np.float32)
-    if config.rope_factors is not None:
-        frequencies /= config.rope_factors
-    angles = np.outer(np.arange(config.context_length, dtype=np.float32), frequencies)
-    return np.cos(angles), np.sin(angles)
 
 
 class _DecoderWriter:
@@ -155,7 +137,7 @@ class _DecoderWriter:
         shape = graph.node("Shape", [mask], name="/model/mask_shape")
         total = graph.node("Gather", [shape, graph.constant(1)], name="/model/total", axis=0)
         self._total = graph.node("Cast", [total], name="/model/total_sequence_length", to=_INT32)
-        cosines, sines = rotary_tables(self._config)
+        cosines, sines = self._config.rope.tables(self._config.context_length)
         graph.initializer("cos_cache", cosines)
         graph.initializer("sin_cache", sines)
         keep = graph.input("num_logits_to_keep", np.int64, [1])
@@ -228,7 +210,7 @@ class _DecoderWriter:
             num_heads=config.num_heads,
             kv_num_heads=config.num_kv_heads,
             scale=config.head_size**-0.5,
-            local_window_size=-1 if config.window is None else config.window,
+            local_window_size=-1 if config.window_of(layer) is None else config.window_of(layer),
             do_rotary=1,
             rotary_interleaved=0,
         )

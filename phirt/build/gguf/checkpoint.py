@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Self
 
-from phirt.build.checkpoint import DecoderConfig
 from phirt.build.gguf.config import ROPE_FACTORS, read_config
 from phirt.build.gguf.file import GgufFile
 from phirt.build.gguf.tensors import ENCODINGS, GgufTensor, rotary_row_order
 from phirt.errors import ModelFormatError, UnsupportedModelError
+from phirt.models.decoder_config import DecoderConfig
 
 __all__ = ["GgufCheckpoint"]
 

@@ -8,10 +8,11 @@ from typing import NoReturn
 import numpy as np
 from gguf.constants import TokenType
 
-from phirt.build.checkpoint import DecoderConfig
 from phirt.build.gguf.file import GgufFile
 from phirt.build.gguf.header import ArraySpan
 from phirt.errors import ModelFormatError, UnsupportedModelError
+from phirt.models.decoder_config import DecoderConfig
+from phirt.models.rotary import Rotary
 from phirt.types import FloatArray
 
 __all__ = ["ROPE_FACTORS", "read_config"]
@@ -76,22 +77,26 @@ def read_config(file: GgufFile, *, tokens: list[str]) -> DecoderConfig:
         reader.fail(f"{num_heads} query heads cannot share {num_kv_heads} key and value heads")
     if not tokens:
         reader.fail("tokenizer.ggml.tokens is missing or empty")
+    num_layers = reader.size("block_count", most=len(file.header.tensors))
+    window = reader.window(context_length)
     return DecoderConfig(
         architecture=architecture,
         vocab_size=len(tokens),
         hidden_size=hidden_size,
         intermediate_size=reader.size("feed_forward_length", most=_MAX_WIDTH),
-        num_layers=reader.size("block_count", most=len(file.header.tensors)),
+        num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
         context_length=context_length,
         rms_norm_eps=reader.positive("attention.layer_norm_rms_epsilon"),
-        rope_theta=reader.positive("rope.freq_base", default=10000.0),
-        rope_dim=head_size,
-        rope_factors=reader.rope_factors(head_size),
+        rope=Rotary(
+            theta=reader.positive("rope.freq_base", default=10000.0),
+            dim=head_size,
+            factors=reader.rope_factors(head_size),
+        ),
         tie_word_embeddings="output.weight" not in file.header.tensors,
-        window=reader.window(context_length),
+        windows=() if window is None else (window,) * num_layers,
         bos_token_id=file.token_id("bos", vocab_size=len(tokens)),
         eos_token_ids=reader.eos_token_ids(tokens),
         pad_token_id=file.token_id("padding", vocab_size=len(tokens)),

@@ -10,9 +10,11 @@ import gguf
 import numpy as np
 import pytest
 
-from phirt.build.checkpoint import Checkpoint, DecoderConfig
+from phirt.build.checkpoint import Checkpoint
 from phirt.build.gguf.checkpoint import GgufCheckpoint
 from phirt.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from phirt.models.decoder_config import DecoderConfig
+from phirt.models.rotary import Rotary
 from tests.tiny_gguf import write_tiny_llama_gguf
 
 Config = Callable[..., DecoderConfig]
@@ -42,8 +44,7 @@ def test_the_configuration_is_the_metadata_s(config: Config) -> None:
         head_size=16,
         context_length=256,
         rms_norm_eps=float(np.float32(1e-5)),
-        rope_theta=10000.0,
-        rope_dim=16,
+        rope=Rotary(theta=10000.0, dim=16),
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_ids=(0, 2),
@@ -62,8 +63,8 @@ def test_what_the_file_leaves_out_has_llama_cpp_s_defaults(config: Config) -> No
             "tokenizer.ggml.padding_token_id": None,
         },
     )
-    assert (found.num_kv_heads, found.head_size, found.rope_dim) == (4, 16, 16)
-    assert (found.rope_theta, found.rope_factors, found.window) == (10000.0, None, None)
+    assert (found.num_kv_heads, found.head_size, found.rope.dim) == (4, 16, 16)
+    assert (found.rope.theta, found.rope.factors, found.window) == (10000.0, None, None)
     assert (found.bos_token_id, found.pad_token_id) == (None, None)
 
 
@@ -121,7 +122,7 @@ class TestRotaryScaling:
     """Whatever divides the rotary frequencies ends up in rope_factors, or is refused."""
 
     def factors(self, config: Config, **options: Any) -> list[float] | None:
-        found = config(**options).rope_factors
+        found = config(**options).rope.factors
         return None if found is None else [float(factor) for factor in found]
 
     def test_llama_3_s_tensor(self, config: Config) -> None:

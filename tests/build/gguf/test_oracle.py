@@ -72,7 +72,7 @@ def test_configuration(tmp_path: Path) -> None:
     assert ours.head_size == theirs.head_dim
     assert ours.context_length == theirs.max_position_embeddings
     assert ours.rms_norm_eps == theirs.rms_norm_eps
-    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"]
     assert ours.tie_word_embeddings == theirs.tie_word_embeddings
 
 

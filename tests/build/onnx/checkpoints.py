@@ -9,7 +9,8 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 
-from phirt.build.checkpoint import DecoderConfig
+from phirt.models.decoder_config import DecoderConfig
+from phirt.models.rotary import Rotary
 from phirt.types import FloatArray
 
 TINY = DecoderConfig(
@@ -23,8 +24,7 @@ TINY = DecoderConfig(
     head_size=16,
     context_length=128,
     rms_norm_eps=1e-5,
-    rope_theta=10_000.0,
-    rope_dim=16,
+    rope=Rotary(theta=10_000.0, dim=16),
     tie_word_embeddings=True,
     bos_token_id=1,
     eos_token_ids=(2,),

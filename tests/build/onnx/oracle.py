@@ -32,7 +32,7 @@ def transformers_model(checkpoint: Checkpoint) -> Any:
         "head_dim": config.head_size,
         "max_position_embeddings": config.context_length,
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope.theta},
         "tie_word_embeddings": config.tie_word_embeddings,
         "attn_implementation": "eager",
     }
@@ -46,8 +46,8 @@ def transformers_model(checkpoint: Checkpoint) -> Any:
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected
     assert missing == (["lm_head.weight"] if config.tie_word_embeddings else [])
-    if config.rope_factors is not None:
-        model.model.rotary_emb.inv_freq /= torch.from_numpy(config.rope_factors)
+    if config.rope.factors is not None:
+        model.model.rotary_emb.inv_freq /= torch.from_numpy(config.rope.factors)
     return model.eval()
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import onnx
 import pytest
 
-from phirt.build.onnx_decoder import rotary_tables, write_decoder
+from phirt.build.onnx_decoder import write_decoder
 from phirt.build.precision import Precision
 from phirt.errors import UnsupportedModelError
+from phirt.models.rotary import Rotary
 from tests.build.onnx.checkpoints import random_llama, tiny
 from tests.build.onnx.oracle import transformers_logits, transformers_model
 from tests.build.onnx.runtime import mean_kl, written
@@ -19,12 +20,14 @@ VARIANTS = {
     "grouped heads": tiny(),
     "one kv head": tiny(num_kv_heads=1),
     "as many kv heads as heads": tiny(num_kv_heads=4),
-    "wide heads": tiny(head_size=32, rope_dim=32),
+    "wide heads": tiny(head_size=32, rope=Rotary(theta=10_000.0, dim=32)),
     "one layer": tiny(num_layers=1),
     "untied": tiny(tie_word_embeddings=False),
-    "rope factors": tiny(rope_factors=np.array([1, 1, 2, 3, 5, 8, 8, 8], np.float32)),
-    "large theta": tiny(rope_theta=500_000.0),
-    "window": tiny(window=7),
+    "rope factors": tiny(
+        rope=Rotary(theta=10_000.0, dim=16, factors=np.array([1, 1, 2, 3, 5, 8, 8, 8], np.float32))
+    ),
+    "large theta": tiny(rope=Rotary(theta=500_000.0, dim=16)),
+    "window": tiny(windows=(7, 7)),
     "large epsilon": tiny(rms_norm_eps=0.1),
 }
 
@@ -66,9 +69,9 @@ class TestPositions:
             tolerance = 1e-4 if precision in {Precision.FP32, Precision.EXACT} else 0.1
             np.testing.assert_allclose(kept, everything[-(keep or 1) :], atol=tolerance)
 
-    @pytest.mark.parametrize("window", [None, 7])
-    def test_decode_after_prefill_equals_one_prefill(self, window, tmp_path):
-        decoder = written(random_llama(tiny(window=window)), tmp_path)
+    @pytest.mark.parametrize("windows", [(), (7, 7)])
+    def test_decode_after_prefill_equals_one_prefill(self, windows, tmp_path):
+        decoder = written(random_llama(tiny(windows=windows)), tmp_path)
         whole = decoder.logits(TOKENS)
         decoder.reset()
         steps = [decoder.run(TOKENS[:25], keep=1), *(decoder.run([t]) for t in TOKENS[25:])]
@@ -91,7 +94,7 @@ class TestPositions:
         np.testing.assert_array_equal(together[:, 0], np.stack(alone))
 
     def test_a_window_forgets(self, tmp_path):
-        decoder = written(random_llama(tiny(window=4, num_layers=1)), tmp_path)
+        decoder = written(random_llama(tiny(windows=(4,), num_layers=1)), tmp_path)
         last = decoder.run(TOKENS)
         decoder.reset()
         changed = decoder.run([(t + 1) % 96 for t in TOKENS[:30]] + TOKENS[30:])
@@ -221,10 +224,3 @@ class TestRefusals:
         object.__setattr__(checkpoint.tensors[name], "encoding", "Q6_K")
         with pytest.raises(UnsupportedModelError, match=r"down_proj.*Q6_K.*fp32"):
             write_decoder(checkpoint, tmp_path / "model.onnx", precision=Precision.EXACT)
-
-
-def test_rotary_tables_by_hand():
-    cosines, sines = rotary_tables(tiny(rope_dim=4, rope_theta=100.0, context_length=3))
-    angles = np.array([[0, 0], [1, 0.1], [2, 0.2]])  # theta ** (-2 / 4) = 0.1
-    np.testing.assert_allclose(cosines, np.cos(angles), atol=1e-7)
-    np.testing.assert_allclose(sines, np.sin(angles), atol=1e-7)
