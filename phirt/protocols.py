@@ -67,6 +67,11 @@ class ModelInfo:
             return None
         return "long" if max_length > self.rope_boundary else "short"
 
+    def first_call(self, max_length: int) -> int:
+        """Fewest tokens that the first call of a session for ``max_length`` may append."""
+        boundary = self.rope_boundary
+        return 1 if boundary is None or max_length <= boundary else boundary + 1
+
 
 @dataclass(frozen=True, slots=True)
 class Lack:

@@ -310,7 +310,7 @@ class BaseSession(abc.ABC):
                 required=self._length + count,
                 available=self._max_length,
             )
-        if self._regime == "long" and self._length + count <= (self._info.rope_boundary or 0):
+        if self._length == 0 and count < self._info.first_call(self._max_length):
             raise ValueError(
                 f"A session made for more than {self._info.rope_boundary} tokens uses the long "
                 f"rotary factors, so its first call must append more than that, not {count}."

@@ -242,6 +242,10 @@ class DecodeLoop:
         context = self._model.info.context_length
         new_tokens = self._resolved.max_new_tokens
         limit = context if new_tokens is None else self.prompt_length + new_tokens
+        boundary = self._model.info.rope_boundary
+        if boundary is not None and length <= boundary < limit:
+            # The short rotary factors until there; the next token is another session's.
+            limit = boundary
         room = limit if new_tokens is not None else min(limit, length + PREFILL_CHUNK)
         session = self._model.new_session(max_length=limit, expected_length=room)
         self._session, self._session_limit = session, limit
@@ -255,7 +259,7 @@ class DecodeLoop:
         logits: Logits | None = None
         chunk = self._prefill_chunk if session.can_extend else length
         start = 0
-        for size in split_prompt(length, chunk):
+        for size in split_prompt(length, chunk, first=self._model.info.first_call(limit)):
             logits = session.prefill(ids[start : start + size])
             start += size
         if first:
@@ -296,16 +300,25 @@ def _with_logprobs(token_id: int, logits: FloatArray, count: int) -> TokenStep:
     return TokenStep(token_id, logprob, tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
-def split_prompt(length: int, chunk: int) -> list[int]:
+def split_prompt(length: int, chunk: int, *, first: int = 1) -> list[int]:
     """Sizes of the calls in which a prompt of ``length`` tokens is prefilled.
 
     The sizes are as equal as they can be. None of them is 1 unless the prompt is one
     token: runtimes take other kernels for one row, and a chunk of one would give other
     logits than the same token inside a longer chunk.
+
+    Args:
+        length: Tokens of the prompt, at least ``first``.
+        chunk: Most tokens per call, at least 3.
+        first: Fewest tokens of the first call, which may be more than ``chunk``.
     """
     count = -(-length // chunk)
     base, longer = divmod(length, count)
-    return [base + (index < longer) for index in range(count)]
+    sizes = [base + (index < longer) for index in range(count)]
+    if sizes[0] >= first:
+        return sizes
+    rest = length - first
+    return [length] if rest < 2 else [first, *split_prompt(rest, chunk)]
 
 
 def _check_fits(prompt: int, new_tokens: int, context: int) -> None:

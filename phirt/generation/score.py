@@ -54,7 +54,7 @@ def score_tokens(model: LoadedModel, token_ids: Sequence[int]) -> FloatArray:
     session = model.new_session(max_length=count - 1, expected_length=count - 1)
     try:
         start = 0
-        for size in split_prompt(count - 1, _CHUNK):
+        for size in split_prompt(count - 1, _CHUNK, first=info.first_call(count - 1)):
             chunk = token_ids[start : start + size]
             for row, logits in enumerate(session.verify(chunk).numpy(), start):
                 scores[row] = log_softmax_at(logits, [token_ids[row + 1]])[0]

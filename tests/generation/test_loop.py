@@ -143,6 +143,43 @@ def test_prompt_chunks_cover_the_prompt_and_none_is_a_single_token(length, chunk
     assert min(sizes) > 1 or length == 1
 
 
+@pytest.mark.parametrize("length", range(20, 60))
+@pytest.mark.parametrize("first", [2, 11, 20])
+def test_the_first_chunk_is_at_least_what_a_session_needs(length, first):
+    sizes = split_prompt(length, 7, first=first)
+    assert sum(sizes) == length
+    assert sizes[0] >= first
+    assert min(sizes) > 1
+
+
+class TestLongRope:
+    """A session is in one rotary regime for its life; the fake refuses what would mix them."""
+
+    def test_crossing_the_boundary_prefills_once_more_and_only_once(self):
+        model = FakeModel(vocab=64, rope_boundary=4)
+        assert ids(make_loop(model, max_new_tokens=6)) == [3, 4, 5, 6, 7, 8]
+        # Two of the prompt and two decoded, then five at once in the long regime, then on.
+        assert [size for _, size in model.calls] == [2, 1, 1, 5, 1, 1]
+        assert model.requests == [(4, 4), (8, 8)]
+        assert model.sessions_open == 0
+
+    def test_what_stays_below_never_crosses(self):
+        model = FakeModel(vocab=64, rope_boundary=8)
+        ids(make_loop(model, max_new_tokens=6))
+        assert model.requests == [(8, 8)]
+
+    @pytest.mark.parametrize(("prompt", "limits"), [(4, [4, 7]), (5, [8])])
+    def test_a_prompt_at_the_boundary_is_short_and_one_beyond_is_long(self, prompt, limits):
+        model = FakeModel(vocab=64, rope_boundary=4)
+        ids(make_loop(model, range(prompt), max_new_tokens=3))
+        assert [most for most, _ in model.requests] == limits
+
+    def test_the_first_chunk_of_a_long_session_passes_the_boundary(self):
+        model = FakeModel(vocab=64, rope_boundary=6)
+        ids(make_loop(model, range(12), chunk=3, max_new_tokens=1))
+        assert [size for _, size in model.calls] == [7, 3, 2]
+
+
 def test_a_prefill_chunk_that_could_leave_one_token_is_refused():
     with pytest.raises(ValueError, match="prefill_chunk"):
         make_loop(FakeModel(), chunk=2)

@@ -57,3 +57,11 @@ def test_a_failure_frees_the_session():
     with pytest.raises(BackendRuntimeError):
         score_tokens(model, [1, 2])
     assert model.sessions_open == 0
+
+
+def test_a_text_beyond_the_rope_boundary_is_scored_in_the_long_regime_throughout():
+    ids = [0, 1, 2, 3, 0, 1, 1, 0]
+    model = FakeModel(markov, vocab=4, rope_boundary=4)
+    expected = [np.log(TABLE[a, b]) for a, b in itertools.pairwise(ids)]
+    assert score_tokens(model, ids) == pytest.approx(expected, abs=1e-6)
+    assert model.calls[0][1] > 4
