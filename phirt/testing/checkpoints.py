@@ -193,11 +193,11 @@ class _Weights:
         # A small embedding: what a token adds to the stream must not outweigh what the layers
         # add, or a model whose head is its embedding says every token again and again.
         tied, gemma = self._config["tie_word_embeddings"], self._architecture == "gemma3_text"
-        scale = 0.2 if gemma else 0.3  # Gemma multiplies it by 8, the root of the width.
+        scale = 0.15 if gemma else 0.3  # Gemma multiplies it by 8, the root of the width.
         yield "model.embed_tokens.weight", self._normal(VOCAB_SIZE, _HIDDEN, scale=scale)
         for layer in range(_LAYERS):
             yield from self._block(f"model.layers.{layer}")
-        yield from self._norm("model.norm", extra=1.0 if gemma else 0.0)
+        yield from self._norm("model.norm", extra=1.5 if gemma else 0.0)
         if not tied:
             yield "lm_head.weight", self._normal(VOCAB_SIZE, _HIDDEN, scale=0.4)
         if self._config.get("lm_head_bias"):
@@ -234,8 +234,8 @@ class _Weights:
             yield f"{scope}.k_proj.bias", self._normal(self._keys, scale=0.5)
             yield f"{scope}.v_proj.bias", self._normal(self._keys, scale=0.5)
         if self._architecture in {"qwen3", "gemma3_text"}:
-            yield from self._norm(f"{scope}.q_norm", self._head_size)
-            yield from self._norm(f"{scope}.k_norm", self._head_size)
+            yield from self._norm(f"{scope}.q_norm", self._head_size, extra=1.0)
+            yield from self._norm(f"{scope}.k_norm", self._head_size, extra=1.0)
         yield f"{scope}.o_proj.weight", self._linear(_HIDDEN, self._queries, gain=1.5)
         if self._architecture == "phimoe":
             yield f"{scope}.o_proj.bias", self._normal(_HIDDEN, scale=0.1)
