@@ -1,4 +1,4 @@
-"""The graph of a Llama decoder, as ONNX Runtime and onnxruntime-genai read it.
+"""The graph of a dense decoder, as ONNX Runtime and onnxruntime-genai read it.
 
 Inputs and outputs follow onnxruntime-genai's Model Builder: ``input_ids`` and
 ``attention_mask``, per layer ``past_key_values.N.key`` and ``.value`` in, ``present.N.key``
@@ -12,21 +12,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnx
 
 from phirt._version import __version__
 from phirt.build.checkpoint import Checkpoint
+from phirt.build.onnx_attention import AttentionWriter, check_attention_supported
 from phirt.build.onnx_external import ExternalData
 from phirt.build.onnx_graph import GraphBuilder
 from phirt.build.onnx_linear import LinearWriter
+from phirt.build.onnx_norm import NormWriter
+from phirt.build.onnx_rope import table_rows
 from phirt.build.precision import Precision
 from phirt.errors import UnsupportedModelError
 from phirt.models.decoder_config import DecoderConfig
 
-__all__ = ["write_decoder"]
+__all__ = ["ARCHITECTURES", "write_decoder"]
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text")
+"""Decoders that `write_decoder` writes, by `DecoderConfig.architecture`."""
 
 _INT64_MAX = np.iinfo(np.int64).max
-_INT32 = onnx.TensorProto.INT32
 
 # Beyond this a single matrix or table is refused: no machine that runs phirt converts it,
 # and a damaged or hostile size must not reach an allocation.
@@ -58,15 +62,17 @@ def write_decoder(checkpoint: Checkpoint, model_path: Path, *, precision: Precis
 
 
 def _check_supported(config: DecoderConfig) -> None:
-    if config.architecture != "llama":
+    if config.architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"phirt writes decoders of architecture llama; this is {config.architecture!r}."
+            f"phirt writes decoders of the architectures {', '.join(ARCHITECTURES)}; this is "
+            f"{config.architecture!r}."
         )
+    check_attention_supported(config)
     elements = {
         "embedding": config.vocab_size * config.hidden_size,
         "MLP": 2 * config.intermediate_size * config.hidden_size,
         "attention": 3 * config.num_heads * config.head_size * config.hidden_size,
-        "rotary tables": config.context_length * config.rope.dim,
+        "rotary tables": table_rows(config.rope, config.context_length) * config.rope.dim,
     }
     name, largest = max(elements.items(), key=lambda item: item[1])
     if 4 * largest > _LARGEST_ARRAY_BYTES:
@@ -84,20 +90,23 @@ class _DecoderWriter:
         self._checkpoint = checkpoint
         self._config = checkpoint.config
         self._linear = LinearWriter(graph, checkpoint, precision)
+        self._norms = NormWriter(graph, checkpoint)
 
     def write(self) -> None:
         """Write the whole graph."""
         graph, config = self._graph, self._config
         token_ids, mask = self._declare()
-        self._write_attention_inputs(mask)
-        residual = self._linear.embed(token_ids, _EMBEDDING, name="/model/embed_tokens")
-        hidden = graph.node(
-            "SimplifiedLayerNormalization",
-            [residual, self._weight("model.layers.0.input_layernorm.weight")],
+        self._attention = AttentionWriter(
+            graph, self._checkpoint, self._linear, self._norms, mask=mask
+        )
+        keep = graph.input("num_logits_to_keep", np.int64, [1])
+        graph.initializer(keep, np.array([1], np.int64))
+        self._first_kept = graph.node("Neg", [keep], name="/model/first_kept_position")
+        residual = self._embed(token_ids)
+        hidden = self._norms.norm(
+            residual,
+            "model.layers.0.input_layernorm.weight",
             name="/model/layers.0/input_layernorm",
-            epsilon=config.rms_norm_eps,
-            axis=-1,
-            stash_type=1,
         )
         for layer in range(config.num_layers):
             hidden, residual = self._write_layer(layer, hidden, residual)
@@ -126,23 +135,13 @@ class _DecoderWriter:
                 graph.output(f"present.{layer}.{part}", np.float32, cache("total_sequence_length"))
         return token_ids, mask
 
-    def _write_attention_inputs(self, mask: str) -> None:
-        """Write what every attention node reads: lengths, rotary tables, positions kept."""
-        graph = self._graph
-        lengths = graph.node(
-            "ReduceSum", [mask, graph.constant([1])], name="/model/lengths", keepdims=0
-        )
-        last = graph.node("Sub", [lengths, graph.constant([1])], name="/model/last_positions")
-        self._seqlens = graph.node("Cast", [last], name="/model/seqlens_k", to=_INT32)
-        shape = graph.node("Shape", [mask], name="/model/mask_shape")
-        total = graph.node("Gather", [shape, graph.constant(1)], name="/model/total", axis=0)
-        self._total = graph.node("Cast", [total], name="/model/total_sequence_length", to=_INT32)
-        cosines, sines = self._config.rope.tables(self._config.context_length)
-        graph.initializer("cos_cache", cosines)
-        graph.initializer("sin_cache", sines)
-        keep = graph.input("num_logits_to_keep", np.int64, [1])
-        graph.initializer(keep, np.array([1], np.int64))
-        self._first_kept = graph.node("Neg", [keep], name="/model/first_kept_position")
+    def _embed(self, token_ids: str) -> str:
+        embedded = self._linear.embed(token_ids, _EMBEDDING, name="/model/embed_tokens")
+        if self._config.embedding_scale == 1:
+            return embedded
+        scale = np.array(self._config.embedding_scale, np.float32)
+        factor = self._graph.initializer("embedding_scale", scale)
+        return self._graph.node("Mul", [embedded, factor], name="/model/embed_tokens/scaled")
 
     def _write_layer(self, layer: int, hidden: str, residual: str) -> tuple[str, str]:
         """Write one block.
@@ -155,68 +154,41 @@ class _DecoderWriter:
         Returns:
             The normalized input and the residual of the next block, or of the LM head.
         """
-        linear, scope, tensors = self._linear, f"/model/layers.{layer}", f"model.layers.{layer}"
-        attended = self._write_attention(layer, hidden)
+        norms, scope, tensors = self._norms, f"/model/layers.{layer}", f"model.layers.{layer}"
+        attended = self._attention.attend(layer, hidden)
         is_last = layer == self._config.num_layers - 1
         if is_last:
             # From here on positions no longer meet: only those with logits are computed.
             attended = self._keep_last(attended, name=f"{scope}/attn/kept")
             residual = self._keep_last(residual, name=f"{scope}/residual_kept")
-        attended = linear.project(
-            attended,
-            [f"{tensors}.self_attn.o_proj.weight"],
-            name=f"{scope}/attn/o_proj",
-            sensitive=False,
-        )
-        hidden, residual = self._add_and_norm(
-            residual,
-            attended,
-            f"{tensors}.post_attention_layernorm.weight",
-            name=f"{scope}/post_attention_layernorm",
+        attended = self._attention.project_output(layer, attended)
+        before_mlp = "post_attention_layernorm"
+        if self._config.sandwich_norms:
+            attended = self._norm_output(layer, attended, "post_attention_layernorm")
+            before_mlp = "pre_feedforward_layernorm"
+        hidden, residual = norms.add_and_norm(
+            residual, attended, f"{tensors}.{before_mlp}.weight", name=f"{scope}/{before_mlp}"
         )
         output = self._write_mlp(layer, hidden)
+        if self._config.sandwich_norms:
+            output = self._norm_output(layer, output, "post_feedforward_layernorm")
         if is_last:
-            return self._add_and_norm(residual, output, "model.norm.weight", name="/model/norm")
-        return self._add_and_norm(
+            return norms.add_and_norm(residual, output, "model.norm.weight", name="/model/norm")
+        return norms.add_and_norm(
             residual,
             output,
             f"model.layers.{layer + 1}.input_layernorm.weight",
             name=f"/model/layers.{layer + 1}/input_layernorm",
         )
 
-    def _write_attention(self, layer: int, hidden: str) -> str:
-        config, scope = self._config, f"/model/layers.{layer}/attn"
-        packed = self._linear.project(
-            hidden,
-            [f"model.layers.{layer}.self_attn.{part}_proj.weight" for part in "qkv"],
-            name=f"{scope}/qkv_proj",
-            sensitive=True,  # They caused half of the KL of SmolLM2 in 4 bits.
-        )
-        return self._graph.contrib(
-            "GroupQueryAttention",
-            [
-                packed,
-                "",
-                "",
-                f"past_key_values.{layer}.key",
-                f"past_key_values.{layer}.value",
-                self._seqlens,
-                self._total,
-                "cos_cache",
-                "sin_cache",
-            ],
-            [f"{scope}/output", f"present.{layer}.key", f"present.{layer}.value"],
-            name=f"{scope}/GroupQueryAttention",
-            num_heads=config.num_heads,
-            kv_num_heads=config.num_kv_heads,
-            scale=config.head_size**-0.5,
-            local_window_size=-1 if config.window_of(layer) is None else config.window_of(layer),
-            do_rotary=1,
-            rotary_interleaved=0,
+    def _norm_output(self, layer: int, x: str, norm: str) -> str:
+        """What attention or the MLP adds to the residual, normalized."""
+        return self._norms.norm(
+            x, f"model.layers.{layer}.{norm}.weight", name=f"/model/layers.{layer}/{norm}"
         )
 
     def _write_mlp(self, layer: int, hidden: str) -> str:
-        """``down(silu(gate(x)) * up(x))``."""
+        """``down(act(gate(x)) * up(x))``."""
         graph, linear = self._graph, self._linear
         scope, tensors = f"/model/layers.{layer}/mlp", f"model.layers.{layer}.mlp"
         both = linear.project(
@@ -227,30 +199,18 @@ class _DecoderWriter:
         )
         gate, up = f"{scope}/gate", f"{scope}/up"
         graph.node("Split", [both], [gate, up], name=f"{scope}/Split", axis=-1, num_outputs=2)
-        # QuickGelu is x * sigmoid(alpha * x): SiLU at alpha 1, in one node.
-        activated = graph.contrib("QuickGelu", [gate], name=f"{scope}/SiLU", alpha=1.0)
+        if self._config.activation == "gelu_tanh":
+            activated = graph.contrib("FastGelu", [gate], name=f"{scope}/GELU")
+        else:
+            # QuickGelu is x * sigmoid(alpha * x): SiLU at alpha 1, in one node.
+            activated = graph.contrib("QuickGelu", [gate], name=f"{scope}/SiLU", alpha=1.0)
         product = graph.node("Mul", [activated, up], name=f"{scope}/product")
         return linear.project(
             product, [f"{tensors}.down_proj.weight"], name=f"{scope}/down_proj", sensitive=False
         )
-
-    def _add_and_norm(self, residual: str, x: str, weight: str, *, name: str) -> tuple[str, str]:
-        """The RMS norm of ``residual + x``, and that sum."""
-        outputs = [f"{name}/output", "", "", f"{name}/residual"]
-        self._graph.contrib(
-            "SkipSimplifiedLayerNormalization",
-            [residual, x, self._weight(weight)],
-            outputs,
-            name=name,
-            epsilon=self._config.rms_norm_eps,
-        )
-        return outputs[0], outputs[3]
 
     def _keep_last(self, x: str, *, name: str) -> str:
         """The last ``num_logits_to_keep`` positions of (batch, positions, width)."""
         graph = self._graph
         end, axis = graph.constant([_INT64_MAX]), graph.constant([1])
         return graph.node("Slice", [x, self._first_kept, end, axis], name=name)
-
-    def _weight(self, tensor: str) -> str:
-        return self._graph.initializer(tensor, self._checkpoint.tensor(tensor).float32())
