@@ -1,0 +1,78 @@
+"""Importing OpenVINO without its telemetry, and its errors in phirt's words."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from phirt.backends.base import import_runtime
+from phirt.errors import BackendRuntimeError, OutOfMemoryError
+
+__all__ = ["EXTRA", "NAME", "first_line", "import_openvino", "translate"]
+
+NAME = "openvino"
+EXTRA = "openvino"
+
+_TELEMETRY = "openvino_telemetry"
+_OUT_OF_MEMORY = re.compile(
+    r"bad.?alloc|(failed|unable|could not) to (mm)?allocate|out of memory|OUT_OF_RESOURCES"
+    r"|not enough memory|CL_MEM_OBJECT_ALLOCATION_FAILURE|exceed\w* the maximum",
+    re.IGNORECASE,
+)
+# OpenVINO puts where in its source an exception was raised before what it says.
+_WHERE = re.compile(r"^(Exception from |Check '|.*\.(cpp|hpp|h):\d+:?$|\s*$)")
+_lock = threading.Lock()
+
+
+def import_openvino() -> Any:
+    """The module ``openvino``, imported without sending anything anywhere.
+
+    Its import reports itself through the package ``openvino-telemetry``, unless that cannot
+    be imported: then a stub inside OpenVINO takes its place, for good.
+
+    Raises:
+        BackendNotInstalledError: It is not installed.
+        BackendBrokenError: It is installed and does not import.
+    """
+    with _lock:
+        if NAME in sys.modules:
+            return sys.modules[NAME]
+        with _hidden(_TELEMETRY):
+            return import_runtime(NAME, backend=NAME, extra=EXTRA)
+
+
+@contextmanager
+def _hidden(module: str) -> Iterator[None]:
+    """Make ``import module`` fail for a while; what was imported before stays as it was."""
+    hidden = {
+        name: sys.modules.pop(name)
+        for name in list(sys.modules)
+        if name == module or name.startswith(module + ".")
+    }
+    sys.modules[module] = None  # type: ignore[assignment]  # Python's own word for "absent"
+    try:
+        yield
+    finally:
+        del sys.modules[module]
+        sys.modules.update(hidden)
+
+
+def translate(error: Exception, doing: str) -> BackendRuntimeError | OutOfMemoryError:
+    """Say in phirt's words what OpenVINO raised; the caller chains the original."""
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
+        return OutOfMemoryError(
+            f"Out of memory while {doing}: {first_line(error)}. Ask for fewer tokens, "
+            "or load the model in a smaller precision."
+        )
+    return BackendRuntimeError(f"OpenVINO failed while {doing}: {first_line(error)}")
+
+
+def first_line(error: Exception) -> str:
+    """The line of a message that says what went wrong."""
+    lines = str(error).strip().splitlines()
+    telling = [line.strip() for line in lines if not _WHERE.match(line)]
+    return (telling or lines or [type(error).__name__])[0]

@@ -1,0 +1,133 @@
+"""How an OpenVINO graph stores a matrix in each precision."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phirt.build.checkpoint import CheckpointTensor
+from phirt.build.quantize import QuantizedMatrix, quantize_int4, quantize_int8, split_nibbles
+from phirt.build.repack import EXACT_ENCODINGS, FOUR_BIT_ENCODINGS, repack
+from phirt.errors import UnsupportedModelError
+from phirt.types import FloatArray
+
+__all__ = ["IntegerMatrix", "OpenVinoPrecision", "encode"]
+
+_FLOAT_ENCODINGS = frozenset({"F32", "F16", "BF16"})
+_INT4_BLOCK_SIZE = 32
+INT8_BLOCK = 0
+
+
+class OpenVinoPrecision(StrEnum):
+    """How weights are stored; activations are float in all of them.
+
+    Attributes:
+        FP32: Decoded to float32, exactly.
+        FP16: Rounded to float16.
+        EXACT: The checkpoint's own integers, scales and block minima.
+        INT8: 8-bit integers, one scale a row.
+        INT4: The checkpoint's own blocks where they have 4 bits. What has more is rounded:
+            embedding and LM head to 8 bits, the rest to 4.
+    """
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    EXACT = "exact"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IntegerMatrix:
+    """A matrix ``scale * (value - zero)``, one scale and zero for each block of a row.
+
+    Attributes:
+        bits: 8 (``values`` are int8), or 4 (uint8, two unsigned values each, low first).
+        shape: (rows, blocks, columns of a block).
+        values: The integers, in row-major order.
+        scales: Shape (rows, blocks, 1).
+        zeros: Shape (rows, blocks, 1); None for 0 everywhere.
+    """
+
+    bits: int
+    shape: tuple[int, int, int]
+    values: NDArray[Any]
+    scales: FloatArray
+    zeros: FloatArray | None
+
+
+def encode(
+    tensor: CheckpointTensor, precision: OpenVinoPrecision, *, sensitive: bool
+) -> FloatArray | NDArray[np.float16] | IntegerMatrix:
+    """Read a matrix in the form that a precision gives it.
+
+    Args:
+        tensor: The matrix, (out, in).
+        precision: The precision.
+        sensitive: Whether it gets 8 bits where others get 4.
+
+    Raises:
+        UnsupportedModelError: The precision cannot hold it.
+    """
+    match precision:
+        case OpenVinoPrecision.FP32:
+            return tensor.float32()
+        case OpenVinoPrecision.FP16:
+            return tensor.float32().astype(np.float16)
+        case OpenVinoPrecision.EXACT:
+            return _encode_exact(tensor)
+        case OpenVinoPrecision.INT4 if not sensitive or tensor.encoding in FOUR_BIT_ENCODINGS:
+            if tensor.encoding in FOUR_BIT_ENCODINGS:
+                return _integers(repack(tensor.encoding, tensor.blocks()))
+            _check_block_size(tensor)
+            return _integers(quantize_int4(tensor.float32(), block_size=_INT4_BLOCK_SIZE))
+    return _integers(quantize_int8(tensor.float32(), block_size=INT8_BLOCK or tensor.shape[-1]))
+
+
+def _encode_exact(tensor: CheckpointTensor) -> FloatArray | IntegerMatrix:
+    if tensor.encoding in _FLOAT_ENCODINGS:
+        return tensor.float32()
+    if tensor.encoding in EXACT_ENCODINGS:
+        return _integers(repack(tensor.encoding, tensor.blocks()))
+    raise UnsupportedModelError(
+        f"precision='exact' was asked for, and tensor {tensor.name!r} is stored as "
+        f"{tensor.encoding}; exact takes {', '.join(sorted(EXACT_ENCODINGS | _FLOAT_ENCODINGS))}. "
+        "Use precision='fp32', which keeps any encoding's values, or 'int8'."
+    )
+
+
+def _check_block_size(tensor: CheckpointTensor) -> None:
+    if tensor.shape[-1] % _INT4_BLOCK_SIZE:
+        raise UnsupportedModelError(
+            f"Tensor {tensor.name!r} has {tensor.shape[-1]:,} columns, which blocks of "
+            f"{_INT4_BLOCK_SIZE} do not divide, so that it cannot be stored in 4 bits. "
+            "Use precision='int8'."
+        )
+
+
+def _integers(matrix: QuantizedMatrix) -> IntegerMatrix:
+    scales, values = matrix.scales, matrix.values
+    rows, blocks = scales.shape
+    zeros: FloatArray | None = None
+    if matrix.bits == 8:
+        values = (values ^ np.uint8(0x80)).view(np.int8)
+    elif matrix.zero_points is not None:
+        nibbles = np.stack(split_nibbles(matrix.zero_points), axis=-1).reshape(rows, -1)
+        zeros = nibbles[:, :blocks].astype(np.float32)
+    elif matrix.offsets is None:
+        zeros = np.full_like(scales, 8)
+    else:
+        # A block of one value has no scale, and gets one that leaves the offset alone.
+        flat = scales == 0
+        zeros = np.where(flat, 8, 8) - matrix.offsets / np.where(flat, 1, scales)
+    return IntegerMatrix(
+        bits=matrix.bits,
+        shape=(rows, blocks, matrix.block_size),
+        values=values,
+        scales=scales[..., None],
+        zeros=None if zeros is None else zeros[..., None].astype(np.float32),
+    )
