@@ -28,7 +28,12 @@ from phirt.models.decoder_config import DecoderConfig
 __all__ = ["ARCHITECTURES", "write_decoder"]
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text")
-"""Decoders that `write_decoder` writes, by `DecoderConfig.architecture`."""
+"""Decoders that `write_decoder` writes, by `DecoderConfig.architecture`.
+
+onnxruntime-genai 0.18 knows each under the same name (``model.type`` in genai_config.json) and
+needs no further key for any of them; ``sliding_window`` stays out, for the graph masks its
+windows itself, on a cache that keeps every position.
+"""
 
 _INT64_MAX = np.iinfo(np.int64).max
 
