@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from benchmarks.bare_loop import BareLoop
-from phirt.build.convert import convert_gguf
+from phirt.build.convert import convert
 from phirt.build.precision import Precision
 from phirt.models.catalog import DEFAULT_MODEL, get_entry
 from phirt.models.pypi import resolve_source
@@ -124,7 +124,7 @@ def convert_all(source: Path, scratch: Path) -> dict[str, Path]:
     for precision in Precision:
         folder = scratch / precision
         folder.mkdir()
-        convert_gguf(source, folder, precision=precision)
+        convert(source, folder, layout="onnx-genai", precision=precision)
         folders[str(precision)] = folder
     return folders
 

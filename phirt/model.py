@@ -9,14 +9,15 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-from phirt.dispatch.select import Selection, check_available, load_artifact
+from phirt.dispatch.candidates import Candidates
+from phirt.dispatch.select import Selection, load_first
 from phirt.errors import SessionClosedError, UnsupportedModelError
 from phirt.generation.loop import DecodeLoop
 from phirt.generation.params import GenerationParams
 from phirt.generation.params_resolved import GenerationDefaults
 from phirt.generation.score import score_tokens
-from phirt.locate import locate
-from phirt.models.folder import ModelFolder, read_folder
+from phirt.locate import check_precision_name, locate
+from phirt.models.folder import ModelFolder
 from phirt.protocols import LoadOptions, Placement
 from phirt.stream import Generation, TokenStream
 from phirt.text.chat import ChatTemplate
@@ -36,6 +37,7 @@ def load(
     precision: str = "auto",
     threads: int | None = None,
     spinning: bool | None = None,
+    options: Mapping[str, Any] | None = None,
     offline: bool = False,
     progress: ProgressCallback | None = None,
 ) -> Model:
@@ -47,14 +49,17 @@ def load(
         device: A device name such as ``"cpu"``; ``"auto"`` chooses. A named device is
             used, or an error is raised.
         backend: A backend name such as ``"onnxruntime"``; ``"auto"`` chooses.
-        precision: How a checkpoint is converted: ``"fp32"``, ``"int8"``, ``"int4"``,
-            ``"exact"`` (its own quantized values, repacked), or ``"auto"``: ``"int8"``, or
-            ``"fp32"`` for widths that do not divide into blocks. A folder is loaded in the
-            precision that it has.
+        precision: How a checkpoint (a ``.gguf`` file, a folder of safetensors) is converted
+            to what the backend reads: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``,
+            ``"int4"``, ``"exact"`` (its own quantized values, repacked), or ``"auto"``: see
+            docs/precision.md. A folder that the backend reads as it is has the precision
+            that it was built with.
         threads: Threads within one operator; None for the runtime's default.
         spinning: Whether idle threads spin while they wait for work: True is best on a
             machine that does nothing else, False on a busy one; None spins briefly, which
             costs little on either.
+        options: Settings of one runtime, by the names that the page of its backend gives;
+            they need a named ``backend``.
         offline: Never touch the network; so does the environment variable
             ``HF_HUB_OFFLINE``.
         progress: Called as a download or a conversion advances.
@@ -69,15 +74,28 @@ def load(
         ValueError: A name is malformed or a setting out of range.
     """
     _check_settings(model, threads=threads, spinning=spinning)
-    check_available(device=device, backend=backend)
-    place = locate(model, precision=precision, offline=offline, progress=progress)
-    # Loading begins here: a download or a conversion happens once, and is not part of it.
+    if options and backend == "auto":
+        raise ValueError(
+            f"options={dict(options)!r} are settings of one runtime: name its backend as well"
+        )
+    check_precision_name(precision)
+    candidates = Candidates(device=device, backend=backend)
+    candidates.check()
     started = time.perf_counter()
-    folder = read_folder(place.path, name=place.name)
-    options = LoadOptions(threads=threads, spinning=spinning)
-    selection = load_artifact(folder.artifact, device=device, backend=backend, options=options)
+
+    def find_folder(formats: tuple[str, ...]) -> ModelFolder:
+        nonlocal started
+        folder = locate(
+            model, formats=formats, precision=precision, offline=offline, progress=progress
+        )
+        # Loading begins here: a download or a conversion happens once, and is not part of it.
+        started = time.perf_counter()
+        return folder
+
+    settings = LoadOptions(threads=threads, spinning=spinning, extra=dict(options or {}))
+    selection = load_first(candidates, find_folder, settings)
     try:
-        return Model(selection, folder, started=started)
+        return Model(selection, started=started)
     except BaseException:
         selection.loaded.close()
         raise
@@ -103,10 +121,10 @@ class Model:
     own KV cache.
     """
 
-    def __init__(self, selection: Selection, folder: ModelFolder, *, started: float) -> None:
+    def __init__(self, selection: Selection, *, started: float) -> None:
         self._selection = selection
         self._loaded = selection.loaded
-        self._folder = folder
+        self._folder = folder = selection.folder
         self._defaults = GenerationDefaults.from_config(folder.generation_defaults)
         self._tokenizer = Tokenizer.from_file(folder.tokenizer_path)
         self._template = (

@@ -1,75 +1,199 @@
-"""From a checkpoint's file to a model folder, in one call."""
+"""From a checkpoint to a model folder of any layout, in one call."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 
-from phirt.build.artifact import CONVERTER_VERSION, write_artifact
-from phirt.build.gguf.checkpoint import GgufCheckpoint
-from phirt.build.gguf.tokenizer import read_tokenizer
-from phirt.build.onnx_linear import INT8_BLOCK_SIZES
-from phirt.build.precision import Precision
-from phirt.models.hashing import sha256_of
-from phirt.types import ProgressCallback
+from phirt._version import __version__
+from phirt.build.checkpoint import Checkpoint, CheckpointTensor
+from phirt.build.documents import genai_document, write_json
+from phirt.build.precision import Precision, check_precision
+from phirt.build.sources import Source, open_source
+from phirt.models.decoder_config import DecoderConfig
+from phirt.models.genai_config import GENAI_CONFIG_NAME
+from phirt.models.manifest import write_manifest
+from phirt.types import Progress, ProgressCallback
 
-__all__ = ["CONVERTER_VERSION", "choose_precision", "convert_gguf"]
+__all__ = ["CONVERTER_VERSION", "choose_precision", "convert", "estimate_bytes"]
+
+CONVERTER_VERSION = 2
+"""Counts changes of what the converter writes: artifacts of another version are made anew."""
+
+# Bits per weight, scales included, from above.
+_BITS = {
+    Precision.FP32: 32,
+    Precision.FP16: 16,
+    Precision.BF16: 16,
+    Precision.EXACT: 32,
+    Precision.INT8: 10,
+    Precision.INT4: 8,
+}
+# Whose weights hold the very values of the source.
+_LOSSLESS = (Precision.FP32, Precision.EXACT)
 
 
-def choose_precision(source: Path) -> str:
+def choose_precision(source: Path, layout: str) -> str:
     """The precision that ``"auto"`` stands for.
 
-    The fastest, over a prompt of 500 tokens and an answer of 100, whose mean KL divergence
-    from fp32 is under 0.02: ``"int8"`` (docs/precision.md has the measurements), or
-    ``"fp32"`` for a decoder whose widths do not divide into blocks.
+    The fastest whose mean KL divergence from fp32 is under 0.02 (docs/precision.md has the
+    measurements): ``"int8"`` for ONNX and OpenVINO, or ``"fp32"`` for a decoder whose widths
+    do not divide into blocks. Folders of safetensors are read by runtimes that compute in
+    float: ``"fp32"``.
 
     Args:
-        source: The GGUF file.
+        source: What is to be converted.
+        layout: What it is converted to.
 
     Raises:
         ModelNotFoundError: There is no such file.
         ModelFormatError: The file is damaged.
         UnsupportedModelError: It is sound, but phirt does not convert it.
     """
-    with GgufCheckpoint(source) as checkpoint:
-        config = checkpoint.config
+    if layout == "safetensors":
+        return Precision.FP32.value
+    with open_source(source, source_id="") as opened:
+        config = opened.checkpoint.config
     widths = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_size)
-    divisible = all(width % min(INT8_BLOCK_SIZES) == 0 for width in widths)
+    divisible = all(width % _SMALLEST_BLOCK == 0 for width in widths)
     return (Precision.INT8 if divisible else Precision.FP32).value
 
 
-def convert_gguf(
+_SMALLEST_BLOCK = 32
+
+
+def estimate_bytes(source: Path, precision: str) -> int:
+    """Disk space that a conversion takes, from above."""
+    with open_source(source, source_id="") as opened:
+        config = opened.checkpoint.config
+    heads = config.num_heads + config.num_kv_heads
+    layer = (2 * heads * config.head_size + 3 * config.intermediate_size) * config.hidden_size
+    tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
+    rotary = 4 * config.context_length * config.rope.dim
+    weights = config.num_layers * layer + tables
+    return weights * _BITS[Precision(precision)] // 8 + rotary + (1 << 24)
+
+
+def convert(
     source: Path,
     out_dir: Path,
     *,
+    layout: str,
     precision: str,
-    source_sha256: str | None = None,
+    source_id: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> None:
-    """Convert a GGUF file to a model folder.
+    """Convert a checkpoint to a model folder.
 
     Args:
-        source: The GGUF file.
-        out_dir: An empty folder, which is filled; phirt.json is written last.
-        precision: ``"fp32"``, ``"exact"``, ``"int8"`` or ``"int4"``.
-        source_sha256: The file's SHA-256 in hex, where it is known; else it is computed.
-        progress: Called after every tensor.
+        source: A ``.gguf`` file, or a Hugging Face folder of safetensors.
+        out_dir: An empty folder, which is filled; phirt.json is written last. Flushing it to
+            the disk and placing it where it is found are the caller's
+            (`phirt.models.store`).
+        layout: ``"onnx-genai"``, ``"openvino"`` or ``"safetensors"``.
+        precision: One that the layout can have (`FORMAT_PRECISIONS`).
+        source_id: Identity of the source's weights, where it is known.
+        progress: Called for every tensor.
 
     Raises:
         ModelNotFoundError: There is no such file.
         ModelFormatError: The file is damaged.
-        UnsupportedModelError: It is sound, but phirt does not convert it to this precision.
+        UnsupportedModelError: It is sound, but phirt does not convert it to this.
         FileExistsError: The folder is not empty.
         ValueError: There is no such precision.
     """
-    chosen = Precision(precision)
-    with GgufCheckpoint(source) as checkpoint:
-        tokenizer = read_tokenizer(checkpoint.file, tokens=checkpoint.tokens)
-        write_artifact(
-            checkpoint,
-            tokenizer,
+    chosen = check_precision(layout, precision)
+    if any(out_dir.iterdir()):
+        raise FileExistsError(f"The folder {out_dir} is not empty; an artifact needs its own.")
+    with open_source(source, source_id=source_id) as opened:
+        watched = _WatchedCheckpoint(opened.checkpoint, progress)
+        packages = _WRITERS[layout](opened, watched, out_dir, chosen)
+        opened.write_text_files(out_dir)
+        identity = f"{opened.source_id}:{layout}:{chosen}:{CONVERTER_VERSION}"
+        derived = "sha256:" + hashlib.sha256(identity.encode()).hexdigest()
+        write_manifest(
             out_dir,
-            precision=chosen,
-            source_name=source.name,
-            source_sha256=source_sha256 or sha256_of(source),
-            progress=progress,
+            weights_id=opened.source_id if chosen in _LOSSLESS else derived,
+            architecture=opened.checkpoint.config.architecture,
+            precision=str(chosen),
+            source={"name": opened.name, "id": opened.source_id},
+            versions={
+                "phirt": __version__,
+                "converter": str(CONVERTER_VERSION),
+                **{package: version(package) for package in (*opened.packages, *packages)},
+            },
         )
+
+
+def _write_onnx(
+    source: Source, checkpoint: Checkpoint, out_dir: Path, precision: Precision
+) -> tuple[str, ...]:
+    from phirt.build.onnx_decoder import write_decoder
+
+    del source
+    filename = "model.onnx"
+    write_decoder(checkpoint, out_dir / filename, precision=precision)
+    document = genai_document(checkpoint.config, filename=filename)
+    write_json(out_dir / GENAI_CONFIG_NAME, document)
+    return ("onnx",)
+
+
+def _write_openvino(
+    source: Source, checkpoint: Checkpoint, out_dir: Path, precision: Precision
+) -> tuple[str, ...]:
+    from phirt.build.openvino_decoder import write_openvino
+
+    write_openvino(checkpoint, out_dir, precision=str(precision))
+    source.write_config(out_dir)
+    return ("openvino",)
+
+
+def _write_safetensors(
+    source: Source, checkpoint: Checkpoint, out_dir: Path, precision: Precision
+) -> tuple[str, ...]:
+    from phirt.build.huggingface_config import config_document
+    from phirt.build.safetensors_writer import write_safetensors
+
+    del source
+    write_safetensors(checkpoint, out_dir / "model.safetensors", precision=str(precision))
+    # Not the source's own: the tensors are in the precision and the names that it says.
+    write_json(out_dir / "config.json", config_document(checkpoint.config))
+    return ()
+
+
+_Writer = Callable[[Source, Checkpoint, Path, Precision], tuple[str, ...]]
+# Each writes weights and configuration, and names the packages that had a part in it. What a
+# writer needs is imported when it runs, so that one extra is enough for one backend.
+_WRITERS: Mapping[str, _Writer] = MappingProxyType(
+    {
+        "onnx-genai": _write_onnx,
+        "openvino": _write_openvino,
+        "safetensors": _write_safetensors,
+    }
+)
+
+
+class _WatchedCheckpoint:
+    """A checkpoint that reports every tensor that is taken from it (a `Checkpoint`)."""
+
+    def __init__(self, checkpoint: Checkpoint, progress: ProgressCallback | None) -> None:
+        self._checkpoint = checkpoint
+        self._progress = progress
+        self._names = list(checkpoint.names())
+        self._taken: set[str] = set()
+
+    @property
+    def config(self) -> DecoderConfig:
+        return self._checkpoint.config
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def tensor(self, name: str) -> CheckpointTensor:
+        self._taken.add(name)
+        if self._progress is not None:
+            self._progress(Progress("convert", len(self._taken), len(self._names), "tensors"))
+        return self._checkpoint.tensor(name)

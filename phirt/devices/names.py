@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 __all__ = ["DeviceName"]
@@ -43,6 +44,21 @@ class DeviceName:
             )
         kind, index = match.groups()
         return cls(kind, None if index is None else int(index))
+
+    def is_one_of(self, offered: Iterable[str]) -> bool:
+        """Whether this name means one of the devices offered.
+
+        ``cuda`` and ``cuda:0`` mean each other; so does ``cuda`` any ``cuda:n``.
+
+        Args:
+            offered: Names of devices, as a backend offers them.
+        """
+        for text in offered:
+            other = DeviceName.parse(text)
+            same = self.index is None or (other.index or 0) == self.index
+            if other.kind == self.kind and same:
+                return True
+        return False
 
     def __str__(self) -> str:
         return self.kind if self.index is None else f"{self.kind}:{self.index}"

@@ -15,19 +15,31 @@ from importlib.metadata import entry_points
 from phirt.errors import BackendBrokenError, UnknownBackendError
 from phirt.protocols import Backend
 
-__all__ = ["ENTRY_POINT_GROUP", "backend_names", "get_backend"]
+__all__ = ["ENTRY_POINT_GROUP", "automatic_names", "backend_names", "get_backend"]
 
 ENTRY_POINT_GROUP = "phirt.backends"
 
 # In order of preference under "auto".
 _BUILT_IN = {
     "onnxruntime": "phirt.backends.onnxruntime:OnnxRuntimeBackend",
+    "openvino": "phirt.backends.openvino:OpenVinoBackend",
+    "onnxruntime-genai": "phirt.backends.onnxruntime_genai:OnnxRuntimeGenaiBackend",
+    "mlx": "phirt.backends.mlx:MlxBackend",
+    "transformers": "phirt.backends.transformers:TransformersBackend",
+    "reference": "phirt.backends.reference:ReferenceBackend",
 }
+# Written to be read and compared with, not to be fast: used where it is named.
+_ONLY_BY_NAME = ("reference",)
 
 
 def backend_names() -> list[str]:
     """Names of all registered backends, phirt's own first, in order of preference."""
     return [*_BUILT_IN, *sorted(_plugins().keys() - _BUILT_IN.keys())]
+
+
+def automatic_names() -> list[str]:
+    """Names of the backends that ``"auto"`` may choose, in order of preference."""
+    return [name for name in backend_names() if name not in _ONLY_BY_NAME]
 
 
 def get_backend(name: str) -> Backend:

@@ -8,7 +8,7 @@ this module reads, and a single ``.gguf`` file, which is converted to one first.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,7 +20,9 @@ from phirt.models.paths import check_links, resolve_inside
 from phirt.models.safe_json import JsonFields, read_bytes, read_json
 from phirt.types import Artifact
 
-__all__ = ["ModelFolder", "read_folder"]
+__all__ = ["FORMATS", "ModelFolder", "held_formats", "read_folder"]
+
+FORMATS = ("onnx-genai", "openvino", "onnx", "mlx", "safetensors")
 
 _LAYOUTS = f"phirt reads a genai folder (one with {GENAI_CONFIG_NAME}), or a .gguf file"
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
@@ -61,7 +63,19 @@ class ModelFolder:
     manifest: Manifest | None
 
 
-def read_folder(path: Path, *, name: str | None = None) -> ModelFolder:
+def held_formats(path: Path) -> tuple[str, ...]:
+    """The layouts that a folder holds, in the order of `FORMATS`."""
+    held = []
+    if (path / GENAI_CONFIG_NAME).exists():
+        held.append("onnx-genai")
+    if any(path.glob("*.safetensors")):
+        held.append("safetensors")
+    return tuple(held)
+
+
+def read_folder(
+    path: Path, *, name: str | None = None, formats: Sequence[str] = FORMATS
+) -> ModelFolder:
     """Read a model folder.
 
     Args:

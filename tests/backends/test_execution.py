@@ -44,7 +44,8 @@ def test_a_call_from_within_does_not_wait_for_itself(one_thread):
 
 def test_calls_in_turn_never_overlap(one_thread):
     for execution in (InTurn(), one_thread):
-        inside, most = [], []
+        inside: list[int] = []
+        most: list[int] = []
 
         def work(execution=execution, inside=inside, most=most):
             def call():

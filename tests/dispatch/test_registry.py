@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from importlib.metadata import EntryPoint
 
@@ -16,8 +17,23 @@ def plugin(monkeypatch):
     return install
 
 
-def test_a_built_in_backend_by_name():
-    assert registry.get_backend("onnxruntime").name == "onnxruntime"
+BUILT_IN = [
+    "onnxruntime",
+    "openvino",
+    "onnxruntime-genai",
+    "mlx",
+    "transformers",
+    "reference",
+]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_a_built_in_backend_by_name(name):
+    assert registry.get_backend(name).name == name
+
+
+def test_the_reference_is_never_chosen_for_the_user():
+    assert registry.automatic_names() == BUILT_IN[:-1]
 
 
 def test_an_unknown_name_lists_the_known_and_suggests_the_nearest():
@@ -32,13 +48,13 @@ def test_an_unknown_backend_is_a_value_error_too():
 
 def test_a_plugin_comes_after_the_built_in(plugin):
     plugin("mine", "tests.dispatch.test_select:FakeBackend")
-    assert registry.backend_names() == ["onnxruntime", "mine"]
+    assert registry.backend_names() == [*BUILT_IN, "mine"]
     assert registry.get_backend("mine").name == "fake"
 
 
 def test_a_plugin_cannot_replace_a_built_in_backend(plugin):
     plugin("onnxruntime", "tests.dispatch.test_select:FakeBackend")
-    assert registry.backend_names() == ["onnxruntime"]
+    assert registry.backend_names() == BUILT_IN
     assert registry.get_backend("onnxruntime").name == "onnxruntime"
 
 
@@ -51,6 +67,12 @@ def test_a_plugin_that_does_not_import_is_broken_and_named(plugin, value):
 
 
 def test_asking_for_a_backend_imports_no_runtime():
-    before = set(sys.modules)
-    registry.get_backend("onnxruntime")
-    assert not {"onnxruntime", "torch"} & (set(sys.modules) - before)
+    program = """
+import sys
+from phirt.dispatch.registry import backend_names, get_backend
+for name in backend_names():
+    get_backend(name)
+print(sorted({"onnxruntime", "onnxruntime_genai", "openvino", "mlx", "torch"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")

@@ -1,8 +1,10 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from phirt.dispatch import select
+from phirt.dispatch import candidates
+from phirt.dispatch.select import load_first
 from phirt.errors import (
     BackendBrokenError,
     BackendError,
@@ -17,20 +19,26 @@ from phirt.protocols import Accept, Availability, LoadOptions, Reject
 from phirt.types import Artifact
 from tests.fakes import FakeModel
 
-ARTIFACT = Artifact(
-    name="a-model",
-    path=Path("somewhere"),
-    format="onnx-genai",
-    architecture="llama",
-    precision="fp32",
-    weights_id="x",
-)
+
+def folder_of(layout):
+    """A model folder as `find_folder` returns it: only its artifact is looked at."""
+    artifact = Artifact(
+        name="a-model",
+        path=Path("somewhere"),
+        format=layout,
+        architecture="llama",
+        precision="fp32",
+        weights_id="x",
+    )
+    return SimpleNamespace(artifact=artifact)
 
 
 class FakeBackend:
     name = "fake"
 
-    def __init__(self, *, devices=("cpu",), error=None, status="found"):
+    def __init__(self, *, devices=("cpu",), error=None, status="found", formats=("a", "b")):
+        self.formats = formats
+        self.probes = 0
         self.status = status
         self.devices = devices
         self.error = error
@@ -38,6 +46,7 @@ class FakeBackend:
         self.seen = []
 
     def probe(self):
+        self.probes += 1
         return [Availability(d, self.status, f"{d} is {self.status}") for d in self.devices]
 
     def accepts(self, artifact, device):
@@ -58,16 +67,24 @@ def backends(monkeypatch):
         def get(name):
             if name not in adapters:
                 raise UnknownBackendError(name)
+            adapters[name].name = name
             return adapters[name]
 
-        monkeypatch.setattr(select, "backend_names", lambda: list(adapters))
-        monkeypatch.setattr(select, "get_backend", get)
+        monkeypatch.setattr(candidates, "automatic_names", lambda: list(adapters))
+        monkeypatch.setattr(candidates, "get_backend", get)
 
     return register
 
 
-def load(device="auto", backend="auto"):
-    return select.load_artifact(ARTIFACT, device=device, backend=backend, options=LoadOptions())
+def load(device="auto", backend="auto", find=lambda formats: folder_of(formats[0])):
+    wanted = candidates.Candidates(device=device, backend=backend)
+    wanted.check()
+    return load_first(wanted, find, LoadOptions())
+
+
+class Picky(FakeBackend):
+    def accepts(self, artifact, device):
+        return Reject(f"no {artifact.format} on {device} here", "Buy one.")
 
 
 def test_auto_takes_the_first_that_accepts(backends):
@@ -84,24 +101,62 @@ def test_auto_passes_over_what_fails_to_load_and_says_so(backends):
     backends(broken=FakeBackend(error=BackendNotInstalledError("not there")), good=FakeBackend())
     selection = load()
     assert selection.backend == "good"
-    assert selection.reasons == ("not there",)
+    assert selection.reasons == ("broken on cpu: not there",)
 
 
 def test_auto_says_why_a_backend_was_rejected(backends):
-    backends(picky=FakeBackend(devices=()), good=FakeBackend())
+    backends(picky=Picky(), good=FakeBackend())
     (reason,) = load().reasons
     assert "picky" in reason
-    assert "no cpu here" in reason
+    assert "no a on cpu here" in reason
     assert "Buy one." in reason
+
+
+def test_auto_imports_no_more_runtimes_than_it_takes(backends):
+    second = FakeBackend()
+    backends(first=FakeBackend(), second=second)
+    load()
+    assert second.probes == 0
+
+
+def test_auto_goes_on_where_a_backend_cannot_have_the_model(backends):
+    def find(formats):
+        if formats == ("onnx",):
+            raise UnsupportedModelError("no such graph")
+        return folder_of(formats[0])
+
+    backends(first=FakeBackend(formats=("onnx",)), second=FakeBackend(formats=("other",)))
+    selection = load(find=find)
+    assert selection.backend == "second"
+    assert selection.folder.artifact.format == "other"
+    assert selection.reasons == ("first on cpu: no such graph",)
+
+
+def test_auto_takes_the_cpu_even_of_a_backend_that_has_more(backends):
+    """Until a device can be proved to compute the right numbers, it is used by name."""
+    backends(first=FakeBackend(devices=("cuda", "cpu")))
+    assert load().device == "cpu"
+
+
+def test_a_backend_without_the_cpu_is_used_by_name_only(backends):
+    backends(gpu=FakeBackend(devices=("metal",)), cpu=FakeBackend())
+    assert load().backend == "cpu"
+    assert load(backend="gpu").device == "metal"
 
 
 def test_a_named_device_is_never_replaced(backends):
     """Strict devices: no silent fall back to the CPU."""
     backend = FakeBackend()
     backends(only=backend)
-    with pytest.raises(DeviceNotAvailableError, match=r"'cuda:1'.*no cuda:1 here.*Buy one"):
+    with pytest.raises(DeviceNotAvailableError, match=r"'cuda:1'.*offers: cpu"):
         load(device="cuda:1")
     assert backend.seen == []
+
+
+def test_a_named_device_that_rejects_the_model(backends):
+    backends(only=Picky(devices=("cuda:0", "cuda:1")))
+    with pytest.raises(DeviceNotAvailableError, match=r"'cuda:1'.*no a on cuda:1 here.*Buy one"):
+        load(device="cuda:1")
 
 
 def test_a_named_backend_is_never_replaced(backends):
@@ -136,8 +191,8 @@ def test_all_fail_and_every_reason_is_told(backends):
 
 
 def test_nobody_reads_this_model(backends):
-    backends(only=FakeBackend(devices=()))
-    with pytest.raises(UnsupportedModelError, match="no cpu here"):
+    backends(only=Picky())
+    with pytest.raises(UnsupportedModelError, match="no a on cpu here"):
         load()
 
 
@@ -149,16 +204,20 @@ def test_a_damaged_model_is_nobodys_fallback(backends):
     assert second.seen == []
 
 
+def check(device, backend):
+    candidates.Candidates(device=device, backend=backend).check()
+
+
 class TestBeforeAModelIsFetched:
     def test_a_device_that_is_there(self, backends):
         backends(missing=FakeBackend(status="missing"), good=FakeBackend())
-        select.check_available(device="auto", backend="auto")
-        select.check_available(device="cpu", backend="good")
+        check(device="auto", backend="auto")
+        check(device="cpu", backend="good")
 
     def test_a_device_that_no_runtime_offers(self, backends):
         backends(only=FakeBackend(devices=("cpu", "npu")))
         with pytest.raises(DeviceNotAvailableError, match=r"'cuda'.*'only'.*offers: cpu, npu"):
-            select.check_available(device="cuda", backend="auto")
+            check(device="cuda", backend="auto")
 
     @pytest.mark.parametrize(
         ("status", "error"),
@@ -167,9 +226,9 @@ class TestBeforeAModelIsFetched:
     def test_a_runtime_that_is_not_usable(self, backends, status, error):
         backends(only=FakeBackend(status=status))
         with pytest.raises(error, match=f"cpu is {status}"):
-            select.check_available(device="cpu", backend="auto")
+            check(device="cpu", backend="auto")
 
     def test_an_unknown_backend(self, backends):
         backends(known=FakeBackend())
         with pytest.raises(UnknownBackendError):
-            select.check_available(device="auto", backend="unknown")
+            check(device="auto", backend="unknown")

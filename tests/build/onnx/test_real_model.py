@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from phirt.build.convert import choose_precision, convert_gguf
+from phirt.build.convert import choose_precision, convert
 from tests.build.onnx.oracle import transformers_logits
 from tests.build.onnx.runtime import OnnxDecoder, mean_kl
 
@@ -22,10 +22,10 @@ LENGTHS = (5, 20, 60, 150, 300)
 @pytest.fixture(scope="module")
 def folders(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folders = {}
-    assert choose_precision(smollm2_gguf) == "int8"
+    assert choose_precision(smollm2_gguf, "onnx-genai") == "int8"
     for precision in ("fp32", "exact", "int8", "int4"):
         folders[precision] = tmp_path_factory.mktemp(precision)
-        convert_gguf(smollm2_gguf, folders[precision], precision=precision)
+        convert(smollm2_gguf, folders[precision], layout="onnx-genai", precision=precision)
     return folders
 
 

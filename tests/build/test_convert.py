@@ -8,7 +8,7 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
-from phirt.build.convert import choose_precision, convert_gguf
+from phirt.build.convert import choose_precision, convert
 from phirt.build.gguf.checkpoint import GgufCheckpoint
 from phirt.errors import ModelFormatError, ModelNotFoundError
 from phirt.models.folder import read_folder
@@ -28,7 +28,7 @@ def out_dir(tmp_path):
 
 class TestFolder:
     def test_describes_itself(self, tiny_q4_1_gguf, out_dir):
-        convert_gguf(tiny_q4_1_gguf, out_dir, precision="exact")
+        convert(tiny_q4_1_gguf, out_dir, layout="onnx-genai", precision="exact")
         folder = read_folder(out_dir)
         assert folder.artifact.architecture == "llama"
         assert folder.artifact.precision == "exact"
@@ -37,10 +37,8 @@ class TestFolder:
         assert folder.decoder.eos_token_ids
         assert folder.generation_defaults.get("do_sample") is None, "greedy where nothing is said"
         assert folder.manifest is not None
-        assert folder.manifest.source == {
-            "file": "tiny-q4_1.gguf",
-            "sha256": sha256(tiny_q4_1_gguf.read_bytes()).hexdigest(),
-        }
+        digest = sha256(tiny_q4_1_gguf.read_bytes()).hexdigest()
+        assert folder.manifest.source == {"name": "tiny-q4_1.gguf", "id": f"sha256:{digest}"}
         assert {"phirt", "converter", "onnx", "gguf"} <= folder.manifest.versions.keys()
         written = {path.name: path.stat().st_size for path in out_dir.iterdir()}
         assert dict(folder.manifest.files) == {
@@ -48,7 +46,7 @@ class TestFolder:
         }
 
     def test_passes_the_check_that_a_backend_makes_first(self, tiny_q4_1_gguf, out_dir):
-        convert_gguf(tiny_q4_1_gguf, out_dir, precision="int8")
+        convert(tiny_q4_1_gguf, out_dir, layout="onnx-genai", precision="int8")
         check_onnx_files(out_dir, "model.onnx")
 
     def test_weights_id_tells_source_and_precision_apart(self, tiny_q4_1_gguf, tmp_path):
@@ -56,20 +54,32 @@ class TestFolder:
         for source, precision in (("a", "int8"), ("a", "int4"), ("b", "int8"), ("a", "int8")):
             folder = tmp_path / str(len(list(tmp_path.iterdir())))
             folder.mkdir()
-            convert_gguf(tiny_q4_1_gguf, folder, precision=precision, source_sha256=source * 64)
+            convert(
+                tiny_q4_1_gguf, folder, layout="onnx-genai", precision=precision, source_id=source
+            )
             found = json.loads((folder / "phirt.json").read_text())["weights_id"]
             assert ids.setdefault((source, precision), found) == found
         assert len(set(ids.values())) == 3
 
+    def test_what_is_lossless_has_the_id_of_its_source(self, tiny_q4_1_gguf, tmp_path):
+        """Caches may move between layouts that hold the same values."""
+        for layout, precision in (("onnx-genai", "fp32"), ("onnx-genai", "exact")):
+            folder = tmp_path / precision
+            folder.mkdir()
+            convert(tiny_q4_1_gguf, folder, layout=layout, precision=precision, source_id="id")
+            assert read_folder(folder).artifact.weights_id == "id"
+
     def test_without_a_chat_template_there_is_no_such_file(self, tmp_path, out_dir):
         source = write_tiny_llama_gguf(tmp_path / "base.gguf", chat_template=None)
-        convert_gguf(source, out_dir, precision="fp32")
+        convert(source, out_dir, layout="onnx-genai", precision="fp32")
         assert not (out_dir / "chat_template.jinja").exists()
         assert read_folder(out_dir).chat_template is None
 
     def test_progress_counts_every_tensor_once(self, tiny_q4_1_gguf, out_dir):
         seen: list[Progress] = []
-        convert_gguf(tiny_q4_1_gguf, out_dir, precision="exact", progress=seen.append)
+        convert(
+            tiny_q4_1_gguf, out_dir, layout="onnx-genai", precision="exact", progress=seen.append
+        )
         with GgufCheckpoint(tiny_q4_1_gguf) as checkpoint:
             total = len(checkpoint.names())
         assert {(item.stage, item.total, item.unit) for item in seen} == {
@@ -84,16 +94,16 @@ class TestRefusals:
     def test_a_folder_that_is_not_empty(self, tiny_q4_1_gguf, out_dir):
         (out_dir / "mine.txt").write_text("mine")
         with pytest.raises(FileExistsError, match="not empty"):
-            convert_gguf(tiny_q4_1_gguf, out_dir, precision="fp32")
+            convert(tiny_q4_1_gguf, out_dir, layout="onnx-genai", precision="fp32")
         assert [path.name for path in out_dir.iterdir()] == ["mine.txt"]
 
     def test_an_unknown_precision(self, tiny_q4_1_gguf, out_dir):
         with pytest.raises(ValueError, match="int3"):
-            convert_gguf(tiny_q4_1_gguf, out_dir, precision="int3")
+            convert(tiny_q4_1_gguf, out_dir, layout="onnx-genai", precision="int3")
 
     def test_a_missing_source(self, tmp_path, out_dir):
         with pytest.raises(ModelNotFoundError):
-            convert_gguf(tmp_path / "no.gguf", out_dir, precision="fp32")
+            convert(tmp_path / "no.gguf", out_dir, layout="onnx-genai", precision="fp32")
 
     def test_what_fails_leaves_no_manifest(self, tiny_q4_1_gguf, tmp_path, out_dir):
         # NaN in the last matrix: found only when it is read, after most of the writing.
@@ -104,17 +114,17 @@ class TestRefusals:
         data[offset : offset + 2] = b"\xff\x7f"
         damaged.write_bytes(data)
         with pytest.raises(ModelFormatError, match="NaN"):
-            convert_gguf(damaged, out_dir, precision="int8")
+            convert(damaged, out_dir, layout="onnx-genai", precision="int8")
         assert not (out_dir / "phirt.json").exists()
 
 
 class TestChoice:
     def test_int8_by_default(self, tiny_q4_1_gguf):
-        assert choose_precision(tiny_q4_1_gguf) == "int8"
+        assert choose_precision(tiny_q4_1_gguf, "onnx-genai") == "int8"
 
     def test_fp32_where_blocks_do_not_fit(self, tmp_path):
         source = write_tiny_llama_gguf(tmp_path / "odd.gguf", intermediate=72)
-        assert choose_precision(source) == "fp32"
+        assert choose_precision(source, "onnx-genai") == "fp32"
 
 
 @pytest.mark.oracle
@@ -122,7 +132,7 @@ class TestChoice:
 def test_k_quants_in_fp32_equal_transformers(encoding, tmp_path, out_dir):
     source = tmp_path / "k.gguf"
     write_tiny_llama_gguf(source, encoding=encoding, layers=1, hidden=256, heads=4, kv_heads=2)
-    convert_gguf(source, out_dir, precision="fp32")
+    convert(source, out_dir, layout="onnx-genai", precision="fp32")
     tokens = [int(i) for i in np.random.default_rng(0).integers(0, 300, 20)]
     with GgufCheckpoint(source) as checkpoint:
         expected = transformers_logits(transformers_model(checkpoint), tokens)
@@ -136,7 +146,7 @@ class TestGenai:
     def test_loads_and_generates(self, tiny_q4_1_gguf, out_dir):
         import onnxruntime_genai as genai
 
-        convert_gguf(tiny_q4_1_gguf, out_dir, precision="exact")
+        convert(tiny_q4_1_gguf, out_dir, layout="onnx-genai", precision="exact")
         model = genai.Model(str(out_dir))
         tokenizer = genai.Tokenizer(model)
         prompt = [int(token) for token in tokenizer.encode("hello World 123")]
