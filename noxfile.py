@@ -20,6 +20,23 @@ ROOT = Path(__file__).parent
 # One model store for all sessions: the default model is fetched and converted once.
 STORE = ROOT / ".nox" / "phirt-home"
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+# The extras whose runtimes run on any machine's CPU, and the backend that each is for.
+CPU_BACKENDS = {
+    "cpu": "onnxruntime",
+    "genai": "onnxruntime-genai",
+    "openvino": "openvino",
+    "mlx": "mlx",
+    "torch": "transformers",
+}
+if os.name == "nt":
+    del CPU_BACKENDS["mlx"]  # which has no wheels for Windows
+RUNTIMES = ",".join(CPU_BACKENDS)
+# A torch of a CPU build, where the extra would take the newest build, CUDA and all.
+TORCH = next(
+    requirement
+    for requirement in nox.project.dependency_groups(PYPROJECT, "oracle")
+    if requirement.startswith("torch==")
+)
 # A program that fails where torch or transformers can be imported.
 NO_TORCH = """
 import importlib.util
@@ -31,11 +48,20 @@ nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "virtualenv"
 nox.options.reuse_venv = "yes"
 nox.options.error_on_missing_interpreters = True
-nox.options.sessions = ["lint", "typing", "tests", "docs", "examples", "bench-once", "wheel"]
+nox.options.sessions = [
+    "lint",
+    "typing",
+    "tests",
+    "extras",
+    "docs",
+    "examples",
+    "bench-once",
+    "wheel",
+]
 
 
 def install(session: nox.Session, *groups: str, extra: str | None = None) -> None:
-    """Install the checkout (with an extra, if named) together with dependency groups.
+    """Install the checkout (with extras, if named) together with dependency groups.
 
     The groups are read here and not by ``pip install --group``, which a pip of 2023 lacks.
     """
@@ -71,18 +97,31 @@ def typing(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The test suite; arguments after ``--`` go to pytest."""
-    install(session, "test", extra="cpu")
+    """The test suite, on every runtime; arguments after ``--`` go to pytest."""
+    install(session, "test", extra=RUNTIMES)
     session.run("pytest", *session.posargs, env={"PHIRT_HOME": str(STORE)})
 
 
 @nox.session(name="tests-on", python=["3.12", "3.13"])
 def tests_on(session: nox.Session) -> None:
-    """The test suite on later Pythons, on demand, without the oracle and its pinned torch."""
+    """The test suite on later Pythons, on demand, without what needs the pinned torch."""
     # The same list without the oracle's group, which is the entry that is no string.
     groups = [group for group in PYPROJECT["dependency-groups"]["test"] if isinstance(group, str)]
-    session.install("-e", ".[cpu]", *groups)
+    runtimes = ",".join(extra for extra in CPU_BACKENDS if extra != "torch")
+    session.install("-e", f".[{runtimes}]", *groups)
     session.run("pytest", "-m", "not oracle", *session.posargs, env={"PHIRT_HOME": str(STORE)})
+
+
+@nox.session
+@nox.parametrize("extra", list(CPU_BACKENDS))
+def extras(session: nox.Session, extra: str) -> None:
+    """README's main job on one backend, with nothing installed but its extra."""
+    session.install(f".[{extra}]", *([TORCH] if extra == "torch" else []))
+    command = ["phirt", *readme_main_job(), "--backend", CPU_BACKENDS[extra]]
+    answer = session.run(*command, silent=True, env={"PHIRT_HOME": str(STORE)})
+    session.log(f"{CPU_BACKENDS[extra]} answered: {answer}")
+    if "Paris" not in str(answer):
+        session.error(f"{CPU_BACKENDS[extra]} did not answer with Paris")
 
 
 @nox.session

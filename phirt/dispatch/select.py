@@ -94,9 +94,9 @@ def _sentence(candidate: Candidate, verdict: Reject) -> str:
 
 
 def _nothing_fits(candidates: Candidates, failures: list[_Failure]) -> Exception:
-    if len(failures) == 1 and failures[0].error is not None:
-        return failures[0].error
     errors = [failure.error for failure in failures if failure.error is not None]
+    if len(errors) == len(failures) and len({str(error) for error in errors}) == 1:
+        return errors[0]  # One candidate, or one fault that all of them found.
     reasons = " ".join(failure.reason for failure in failures)
     if any(isinstance(error, BackendError | DeviceError) for error in errors):
         return BackendError(f"No backend could load the model. {reasons}")

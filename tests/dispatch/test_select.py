@@ -190,6 +190,15 @@ def test_all_fail_and_every_reason_is_told(backends):
         load()
 
 
+def test_a_fault_that_all_find_is_told_once(backends):
+    def find(formats):
+        raise UnsupportedModelError("a kind that nobody converts")
+
+    backends(first=FakeBackend(), second=FakeBackend())
+    with pytest.raises(UnsupportedModelError, match="^a kind that nobody converts$"):
+        load(find=find)
+
+
 def test_nobody_reads_this_model(backends):
     backends(only=Picky())
     with pytest.raises(UnsupportedModelError, match="no a on cpu here"):
