@@ -15,7 +15,7 @@ import numpy as np
 
 from phirt._version import __version__
 from phirt.build.checkpoint import Checkpoint
-from phirt.build.onnx_attention import AttentionWriter, check_attention_supported
+from phirt.build.onnx_attention import AttentionWriter
 from phirt.build.onnx_external import ExternalData
 from phirt.build.onnx_graph import GraphBuilder
 from phirt.build.onnx_linear import LinearWriter
@@ -72,7 +72,6 @@ def _check_supported(config: DecoderConfig) -> None:
             f"phirt writes decoders of the architectures {', '.join(ARCHITECTURES)}; this is "
             f"{config.architecture!r}."
         )
-    check_attention_supported(config)
     elements = {
         "embedding": config.vocab_size * config.hidden_size,
         "MLP": 2 * config.intermediate_size * config.hidden_size,
@@ -102,7 +101,12 @@ class _DecoderWriter:
         graph, config = self._graph, self._config
         token_ids, mask = self._declare()
         self._attention = AttentionWriter(
-            graph, self._checkpoint, self._linear, self._norms, mask=mask
+            graph,
+            self._checkpoint,
+            self._linear,
+            self._norms,
+            token_ids=token_ids,
+            mask=mask,
         )
         keep = graph.input("num_logits_to_keep", np.int64, [1])
         graph.initializer(keep, np.array([1], np.int64))

@@ -5,8 +5,8 @@ uses one of them for all its positions: the short ones up to the boundary, the l
 beyond. Both tables lie in one constant, the short above the long, and a run takes as many
 rows as its sequence has positions, from the top of one or of the other: a copy of a few
 hundred bytes per position, where attention reads hundreds of kilobytes of the cache. To choose
-between whole tables (an ``If`` node, as onnxruntime-genai's Model Builder writes) would copy
-all rows of one at every step, 50 MB in a model of 131,072 positions.
+between whole tables (an ``If`` node, as onnxruntime-genai's Model Builder writes) copies all
+rows of one at every step: 50 MB and 4 ms in a model of 131,072 positions.
 
 As in the Model Builder's graphs, the attention mask's width is the length of the sequence.
 """
@@ -19,7 +19,6 @@ import onnx
 from phirt.build.onnx_graph import GraphBuilder
 from phirt.models.decoder_config import DecoderConfig
 from phirt.models.rotary import Rotary
-from phirt.types import FloatArray
 
 __all__ = ["RopeWriter", "table_rows"]
 
@@ -56,8 +55,8 @@ class RopeWriter:
             return names
         short, long = rope.tables(rope.boundary), rope.tables(length, "long")
         first, end = self._write_rows(rope.boundary, suffix)
-        for name, parts in zip(names, zip(short, long, strict=True), strict=True):
-            both: FloatArray = np.concatenate(parts)
+        for name, *parts in zip(names, short, long, strict=True):
+            both = np.concatenate(parts)
             table = self._graph.initializer(f"{name}_short_and_long", both)
             self._graph.node(
                 "Slice",

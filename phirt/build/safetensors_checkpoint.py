@@ -24,19 +24,13 @@ _ENCODINGS = ("F32", "F16", "BF16")
 # The little-endian word of an encoding, and the bits of its exponent: all set in NaN and infinity.
 _WORDS = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
 
-# Gemma 3 is published as the text part of a model that sees, whose decoder older and newer
-# versions of transformers name differently.
+# The decoder of a Gemma 3 that sees keeps its place there, which versions of transformers
+# name differently.
 _TEXT_PREFIXES = {
     "language_model.model.": "model.",
     "language_model.lm_head.": "lm_head.",
     "model.language_model.": "model.",
 }
-_VISION_PREFIXES = (
-    "vision_tower.",
-    "multi_modal_projector.",
-    "model.vision_tower.",
-    "model.multi_modal_projector.",
-)
 
 _CHUNK_BYTES = 1 << 20
 
@@ -235,12 +229,10 @@ def _stored_names(files: SafetensorsFolder, config: DecoderConfig, folder: str) 
 
 
 def _is_ignored(name: str, config: DecoderConfig) -> bool:
-    """Whether a tensor repeats what is known, or belongs to what is not a decoder."""
+    """Whether a tensor repeats what is known: a tied LM head, or rotary frequencies."""
     if name == "lm_head.weight":
         return config.tie_word_embeddings
-    if name.endswith(".rotary_emb.inv_freq"):  # Follows from the configuration.
-        return True
-    return config.architecture == "gemma3_text" and name.startswith(_VISION_PREFIXES)
+    return name.endswith(".rotary_emb.inv_freq")
 
 
 _Expected: TypeAlias = tuple[str, tuple[int, ...], list[tuple[str, int]]]
