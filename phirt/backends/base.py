@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from phirt.backends.distributions import check_single_owner
 from phirt.backends.execution import Execution
 from phirt.backends.process import ProcessGuard
 from phirt.errors import (
@@ -47,9 +48,11 @@ def import_runtime(module: str, *, backend: str, extra: str) -> ModuleType:
 
     Raises:
         BackendNotInstalledError: There is no such module.
-        BackendBrokenError: The module is there and its import fails. An installed
-            runtime that does not import is a broken install, not a missing one.
+        BackendBrokenError: The module is there and its import fails, or two distributions
+            have installed it over each other. An installed runtime that does not import is a
+            broken install, not a missing one.
     """
+    check_single_owner(module, backend=backend)
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
