@@ -56,14 +56,9 @@ class RopeWriter:
         short, long = rope.tables(rope.boundary), rope.tables(length, "long")
         first, end = self._write_rows(rope.boundary, suffix)
         for name, *parts in zip(names, short, long, strict=True):
-            both = np.concatenate(parts)
-            table = self._graph.initializer(f"{name}_short_and_long", both)
-            self._graph.node(
-                "Slice",
-                [table, first, end, self._graph.constant([0])],
-                [name],
-                name=f"/model/rope{suffix}/{name}",
-            )
+            both = self._graph.initializer(f"{name}_short_and_long", np.concatenate(parts))
+            rows = [both, first, end, self._graph.constant([0])]
+            self._graph.node("Slice", rows, [name], name=f"/model/rope{suffix}/{name}")
         return names
 
     def _write_rows(self, boundary: int, suffix: str) -> tuple[str, str]:
