@@ -1,0 +1,136 @@
+"""transformers on torch: any causal language model in safetensors, on any device of torch's.
+
+The module has the name of the package that it adapts: `import transformers` means the package
+everywhere in it, since imports are absolute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from phirt.backends.transformers_devices import (
+    BACKEND,
+    INSTALL,
+    check_device,
+    find_accelerators,
+    find_versions,
+    import_both,
+    parse_device,
+)
+from phirt.backends.transformers_loading import find_objection, load_network, quiet
+from phirt.backends.transformers_model import TransformersModel, translate
+from phirt.errors import (
+    BackendBrokenError,
+    BackendNotInstalledError,
+    DeviceNotAvailableError,
+    ModelError,
+    UnsupportedModelError,
+)
+from phirt.models.folder import ModelFolder, read_folder
+from phirt.models.safetensors import SafetensorsFolder
+from phirt.protocols import Accept, Availability, LoadOptions, Reject
+from phirt.types import Artifact
+
+__all__ = ["TransformersBackend"]
+
+_FORMAT = "safetensors"
+# What LoadOptions.extra may hold: from_pretrained's names, and the values that are tested.
+_SETTINGS = {
+    "attn_implementation": ("sdpa", "eager"),
+    "dtype": ("float32", "float16", "bfloat16"),
+}
+
+
+class TransformersBackend:
+    """Adapter to transformers' causal language models."""
+
+    name: ClassVar[str] = BACKEND
+    formats: ClassVar[tuple[str, ...]] = (_FORMAT,)
+
+    def probe(self) -> list[Availability]:
+        """What is installed; torch is imported only where it may find an accelerator."""
+        try:
+            versions = find_versions()
+        except BackendNotInstalledError as error:
+            return [Availability("cpu", "missing", str(error), INSTALL)]
+        except BackendBrokenError as error:
+            return [Availability("cpu", "broken", str(error), INSTALL)]
+        names = ["cpu", *find_accelerators()]
+        return [Availability(name, "found", versions) for name in names]
+
+    def accepts(self, artifact: Artifact, device: str) -> Accept | Reject:
+        """Accepts folders of plain safetensors."""
+        try:
+            parse_device(device)
+            if artifact.format != _FORMAT:
+                return Reject(f"transformers reads folders of safetensors, not {artifact.format!r}")
+            objection = find_objection(artifact.path)
+        except DeviceNotAvailableError as error:
+            return Reject(str(error), 'Pass device="cpu".')
+        except ModelError as error:
+            return Reject(str(error))
+        return Reject(f"{artifact.name}: {objection}") if objection else Accept()
+
+    def load(self, artifact: Artifact, device: str, options: LoadOptions) -> TransformersModel:
+        """Put the weights on the device.
+
+        Raises:
+            BackendNotInstalledError: transformers or torch is not installed.
+            BackendBrokenError: One is installed and does not import, or is too old.
+            DeviceNotAvailableError: torch does not offer the device.
+            ModelFormatError: The folder's files are damaged or contradict each other.
+            UnsafeModelError: A file reaches outside the folder.
+            UnsupportedModelError: The model is of a kind that phirt cannot drive.
+            OutOfMemoryError: The weights do not fit.
+            ValueError: ``options.extra`` holds an unknown setting.
+        """
+        _check_settings(options.extra)
+        folder = read_folder(artifact.path, name=artifact.name, formats=self.formats)
+        objection = find_objection(folder.artifact.path)
+        if objection:
+            raise UnsupportedModelError(f"{artifact.name}: {objection}.")
+        torch, transformers = import_both()
+        target = check_device(torch, device)
+        with quiet(transformers):
+            network = _load(torch, transformers, folder, target, options)
+            return TransformersModel(
+                torch,
+                transformers,
+                network,
+                folder=folder,
+                device=str(parse_device(device)),
+                threads=options.threads,
+            )
+
+
+def _load(
+    torch: Any, transformers: Any, folder: ModelFolder, target: Any, options: LoadOptions
+) -> Any:
+    path = folder.artifact.path
+    # Its headers are checked now; the parameters keep the mapped files open.
+    weights = SafetensorsFolder(path)
+    try:
+        network = load_network(
+            torch,
+            transformers,
+            weights,
+            path,
+            dtype=options.extra.get("dtype", "float32" if target.type == "cpu" else None),
+            attention=options.extra.get("attn_implementation"),
+        )
+        return network.to(target)
+    except ModelError:
+        raise
+    # Building a model runs code of its architecture, which raises what it likes.
+    except Exception as error:
+        raise translate(error, f"loading {path}") from error
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    for key, value in settings.items():
+        if value not in _SETTINGS.get(key, ()):
+            known = "; ".join(f"{name}: {', '.join(of)}" for name, of in _SETTINGS.items())
+            raise ValueError(
+                f"The backend {BACKEND!r} has no setting {key}={value!r}. It has: {known}."
+            )

@@ -1,0 +1,166 @@
+"""What of transformers and torch is installed, and which devices torch offers.
+
+Importing torch takes seconds, so nothing here imports it unless an accelerator may be found:
+versions are read from the packages' metadata, and what torch was built for from the text of
+its ``version.py``.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from phirt.backends.base import import_runtime
+from phirt.devices.names import DeviceName
+from phirt.errors import BackendBrokenError, BackendNotInstalledError, DeviceNotAvailableError
+
+__all__ = [
+    "BACKEND",
+    "INSTALL",
+    "check_device",
+    "find_accelerators",
+    "find_versions",
+    "import_both",
+    "parse_device",
+]
+
+BACKEND = "transformers"
+_EXTRA = "torch"
+INSTALL = f'python -m pip install "phirt[{_EXTRA}]"'
+# Earlier ones lose the context where LongRoPE changes its factors.
+_OLDEST = (5, 23)
+# Kinds of device in phirt's words and in torch's. AMD's GPUs are "cuda" in torch, too.
+_KINDS = {"cpu": "cpu", "cuda": "cuda", "metal": "mps", "gpu": "xpu"}
+# The drivers' libraries: without one, an accelerator that torch was built for is not here.
+_DRIVERS = {
+    "cuda": ("libcuda.so.1", "nvcuda.dll"),
+    "hip": ("libamdhip64.so", "amdhip64.dll"),
+    "xpu": ("libze_loader.so.1", "ze_loader.dll"),
+}
+
+
+def import_both() -> tuple[Any, Any]:
+    """The modules torch and transformers.
+
+    Raises:
+        BackendNotInstalledError: One is not installed.
+        BackendBrokenError: One does not import, or transformers is too old.
+    """
+    find_versions()
+    # torch first: without it transformers imports, and fails at the first model.
+    torch = import_runtime("torch", backend=BACKEND, extra=_EXTRA)
+    return torch, import_runtime("transformers", backend=BACKEND, extra=_EXTRA)
+
+
+def find_versions() -> str:
+    """Both versions in a few words, from the packages' metadata.
+
+    Raises:
+        BackendNotInstalledError: One is not installed.
+        BackendBrokenError: transformers is too old.
+    """
+    found = {}
+    for package in ("transformers", "torch"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError as error:
+            raise BackendNotInstalledError(
+                f"Backend {BACKEND!r} needs the package {package!r}, which is not installed. "
+                f"Install it with: {INSTALL}"
+            ) from error
+    version = tuple(int(part) for part in re.findall(r"\d+", found["transformers"])[:2])
+    if version < _OLDEST:
+        oldest = ".".join(map(str, _OLDEST))
+        raise BackendBrokenError(
+            f"Backend {BACKEND!r} needs transformers {oldest} or later; installed is "
+            f"{found['transformers']}. Update it with: "
+            f'python -m pip install "transformers>={oldest}"'
+        )
+    return ", ".join(f"{package} {version}" for package, version in found.items())
+
+
+def find_accelerators() -> list[str]:
+    """Names of the devices beside the CPU that torch finds, in phirt's words."""
+    if "torch" not in sys.modules and not _may_find_any():
+        return []
+    torch = import_runtime("torch", backend=BACKEND, extra=_EXTRA)
+    names = []
+    for kind, torch_kind in _KINDS.items():
+        count = _count(torch, torch_kind) if kind != "cpu" else 0
+        names += [kind] * bool(count)
+        # A Mac has one GPU, which torch does not number.
+        names += [f"{kind}:{index}" for index in range(count) if kind != "metal"]
+    return names
+
+
+def check_device(torch: Any, device: str) -> Any:
+    """The torch device of that name in phirt's words.
+
+    Raises:
+        DeviceNotAvailableError: torch does not offer it.
+        ValueError: It is no device name.
+    """
+    wanted = parse_device(device)
+    kind, index = _KINDS[wanted.kind], wanted.index
+    if kind == "cpu":
+        return torch.device("cpu")
+    count = _count(torch, kind)
+    if (index or 0) >= count:
+        found = ", ".join(["cpu", *find_accelerators()])
+        raise DeviceNotAvailableError(
+            f"Device '{wanted}' is not available to backend {BACKEND!r}: torch "
+            f"{torch.__version__} finds {count} devices of kind {kind!r} and offers: {found}. "
+            'Install a torch built for that device, or pass device="cpu".'
+        )
+    return torch.device(kind) if index is None else torch.device(kind, index)
+
+
+def parse_device(device: str) -> DeviceName:
+    """Read a device name.
+
+    Raises:
+        DeviceNotAvailableError: torch has no such kind of device.
+        ValueError: It is no device name.
+    """
+    wanted = DeviceName.parse(device)
+    if wanted.kind not in _KINDS or (wanted.kind == "cpu" and wanted.index):
+        raise DeviceNotAvailableError(
+            f"Device '{wanted}' is not available to backend {BACKEND!r}, which runs on: "
+            f"{', '.join(_KINDS)}."
+        )
+    return wanted
+
+
+def _count(torch: Any, kind: str) -> int:
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    module = getattr(torch, kind)
+    return int(module.device_count()) if module.is_available() else 0
+
+
+def _may_find_any() -> bool:
+    """Whether torch was built for an accelerator whose driver is here."""
+    if sys.platform == "darwin":
+        return True
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return False
+    try:
+        text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
+    except OSError:
+        return True  # Not how torch is laid out today: ask torch itself.
+    built_for = set(re.findall(r"^(\w+)\s*(?::[^=]*)?=\s*['\"]", text, re.MULTILINE))
+    return any(_has_library(names) for kind, names in _DRIVERS.items() if kind in built_for)
+
+
+def _has_library(names: tuple[str, str]) -> bool:
+    try:
+        ctypes.CDLL(names[sys.platform == "win32"])
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,291 @@
+"""A causal language model of transformers, driven one call at a time."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from phirt.backends.base import BaseModel, BaseSession
+from phirt.backends.execution import InTurn
+from phirt.backends.transformers_cache import InterruptedRun, LayerShape, SessionCache
+from phirt.errors import (
+    BackendRuntimeError,
+    DevicePlacementError,
+    OutOfMemoryError,
+    UnsupportedModelError,
+)
+from phirt.models.folder import ModelFolder
+from phirt.protocols import (
+    Capabilities,
+    KVCache,
+    KVLayer,
+    Lack,
+    Logits,
+    ModelInfo,
+    Placement,
+    TopK,
+)
+from phirt.types import FloatArray
+
+__all__ = ["TransformersModel", "translate"]
+
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|bad.?alloc",
+    re.IGNORECASE,
+)
+_CAPABILITIES = Capabilities(
+    truncate=True,
+    verify=True,
+    interrupt=True,
+    kv=True,
+    topk=True,
+    lacks={"batch": Lack("not yet", "phirt gives transformers one sequence at a time so far")},
+)
+
+
+def translate(error: BaseException, doing: str) -> BackendRuntimeError | OutOfMemoryError:
+    """Say in phirt's words what torch or transformers raised; the caller chains the original."""
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    kind = type(error).__name__
+    # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU's allocator raises.
+    if (
+        isinstance(error, MemoryError)
+        or kind == "OutOfMemoryError"
+        or _OUT_OF_MEMORY.search(str(error))
+    ):
+        return OutOfMemoryError(
+            f"Out of memory while {doing}: {first_line}. Ask for fewer tokens, or load a "
+            "smaller model."
+        )
+    return BackendRuntimeError(f"transformers failed while {doing}: {kind}: {first_line}")
+
+
+class TransformersModel(BaseModel):
+    """A module on one device.
+
+    Args:
+        torch: The module.
+        transformers: The module.
+        network: The causal language model, on its device.
+        folder: The folder that its weights are from.
+        device: The device asked for, in phirt's words.
+        threads: Threads within one operator; None for torch's setting.
+    """
+
+    def __init__(
+        self,
+        torch: Any,
+        transformers: Any,
+        network: Any,
+        *,
+        folder: ModelFolder,
+        device: str,
+        threads: int | None,
+    ) -> None:
+        self.torch = torch
+        self.transformers = transformers
+        self.network = network
+        self.threads = threads
+        self.device = next(network.parameters()).device
+        self._placement = _read_placement(network, device)
+        self._accepted = _accepted_arguments(network)
+        self.shapes, vocab_size = self._try_out()
+        facts = folder.facts
+        super().__init__(
+            info=ModelInfo(
+                vocab_size=vocab_size,
+                context_length=facts.context_length,
+                eos_token_ids=frozenset(facts.eos_token_ids),
+                weights_id=folder.artifact.weights_id,
+                rope_boundary=facts.rope_boundary,
+                window=facts.window,
+            ),
+            capabilities=_CAPABILITIES,
+            # Modules have state that a forward pass changes (LongRoPE's frequencies), and one
+            # pass already uses every core.
+            execution=InTurn(),
+            native=network,
+        )
+
+    def placement(self) -> Placement:
+        """The device of the parameters; every one of them was looked at."""
+        return self._placement
+
+    def forward(
+        self, token_ids: Sequence[int], *, start: int, cache: Any, every_position: bool
+    ) -> Any:
+        """Logits of the last or of every position, shape (n, vocab), on the device.
+
+        Args:
+            token_ids: The tokens.
+            start: Position of the first.
+            cache: transformers' cache, which they are appended to.
+            every_position: Whether to compute every position's logits.
+        """
+        torch = self.torch
+        count = len(token_ids)
+        with torch.inference_mode(), self._threads():
+            positions = torch.arange(start, start + count, device=self.device)[None]
+            # One sequence without padding needs no attention mask of its own; transformers
+            # makes the causal one, and the window's, from the cache's length.
+            optional = {"position_ids": positions, "logits_to_keep": 0 if every_position else 1}
+            output = self.network(
+                input_ids=torch.tensor([list(token_ids)], device=self.device),
+                past_key_values=cache,
+                use_cache=True,
+                return_dict=True,
+                **{key: value for key, value in optional.items() if key in self._accepted},
+            )
+            logits = output.logits[0]
+            return logits if every_position else logits[-1:]
+
+    def _try_out(self) -> tuple[list[LayerShape], int]:
+        """Run one token, and see what each layer caches and how many logits there are."""
+        cache = self.transformers.DynamicCache()
+        try:
+            logits = self.forward([0], start=0, cache=cache, every_position=False)
+        except Exception as error:
+            raise translate(error, "trying the model out on one token") from error
+        layers = cache.layers
+        if not layers or any(layer.keys is None for layer in layers):
+            raise UnsupportedModelError(
+                f"{type(self.network).__name__} does not cache keys and values for each of its "
+                "layers, which phirt needs. Pass another model."
+            )
+        return [LayerShape.of(layer) for layer in layers], logits.shape[-1]
+
+    @contextmanager
+    def _threads(self) -> Iterator[None]:
+        if self.threads is None:
+            yield
+            return
+        # The setting is torch's own, for the whole process: it is the model's during a call.
+        before = self.torch.get_num_threads()
+        self.torch.set_num_threads(self.threads)
+        try:
+            yield
+        finally:
+            self.torch.set_num_threads(before)
+
+    def _new_session(self, *, max_length: int, expected_length: int) -> TransformersSession:
+        return TransformersSession(self, max_length=max_length, expected_length=expected_length)
+
+    def _unload(self) -> None:
+        self.network = None
+        # torch keeps freed device memory for itself; other runtimes may need it.
+        if self.device.type != "cpu":
+            getattr(self.torch, self.device.type).empty_cache()
+
+
+def _accepted_arguments(network: Any) -> frozenset[str]:
+    accepted = frozenset(inspect.signature(network.forward).parameters)
+    if "past_key_values" not in accepted:
+        raise UnsupportedModelError(
+            f"{type(network).__name__} takes no KV cache from its caller, which phirt needs. "
+            "Pass another model."
+        )
+    return accepted
+
+
+def _read_placement(network: Any, device: str) -> Placement:
+    found = sorted({str(parameter.device) for parameter in network.parameters()})
+    if len(found) != 1:
+        raise DevicePlacementError(
+            f"Device {device!r} was asked for, but the weights are on {', '.join(found)}."
+        )
+    return Placement(device=device, provider=found[0])
+
+
+class TransformersSession(BaseSession):
+    """One sequence, in buffers of its own."""
+
+    def __init__(self, model: TransformersModel, *, max_length: int, expected_length: int) -> None:
+        super().__init__(model, max_length=max_length)
+        self._model = model
+        self._cache = SessionCache(
+            model.torch, model.transformers, model.shapes, max_length=max_length
+        )
+        self._reserve(min(expected_length, max_length))
+
+    def _append(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
+        count = len(token_ids)
+        self._reserve(self._length + count)
+        try:
+            values = self._model.forward(
+                token_ids,
+                start=self._length,
+                cache=self._cache.native,
+                every_position=every_position,
+            )
+        except InterruptedRun as error:
+            raise BackendRuntimeError("The forward pass was interrupted.") from error
+        except Exception as error:
+            raise translate(error, f"running {count} tokens") from error
+        return _TorchLogits(self._model.torch, values)
+
+    def _reserve(self, length: int) -> None:
+        try:
+            self._cache.reserve(length)
+        except (MemoryError, RuntimeError) as error:
+            raise translate(error, f"allocating a KV cache for {length} tokens") from error
+
+    def _truncate(self, length: int) -> None:
+        self._cache.truncate(length)
+
+    def _interrupt(self) -> None:
+        self._cache.interrupted.set()
+
+    def _export_kv(self) -> list[KVLayer]:
+        return self._cache.export()
+
+    def _import_kv(self, cache: KVCache) -> None:
+        try:
+            self._cache.take_over(cache)
+        except (MemoryError, RuntimeError) as error:
+            raise translate(error, f"taking over a KV cache of {cache.length} tokens") from error
+
+    def _free(self) -> None:
+        del self._cache
+
+
+class _TorchLogits:
+    """Logits on the device.
+
+    Args:
+        torch: The module.
+        values: Shape (n, vocab), of any floating dtype.
+    """
+
+    __slots__ = ("_torch", "_values")
+
+    def __init__(self, torch: Any, values: Any) -> None:
+        self._torch = torch
+        self._values = values
+
+    def numpy(self) -> FloatArray:
+        """The logits, shape (n, vocab), float32."""
+        array: FloatArray = self._values.to("cpu", self._torch.float32).numpy()
+        return array
+
+    def top(self, k: int) -> TopK:
+        """The k largest logits of each position, chosen on the device."""
+        vocab_size = self._values.shape[1]
+        if not 1 <= k <= vocab_size:
+            raise ValueError(f"k={k} must be from 1 to the vocabulary's size, {vocab_size}")
+        torch = self._torch
+        with torch.inference_mode():
+            logits = self._values.float()
+            values, ids = (part.cpu().numpy() for part in logits.topk(k, dim=1))
+            total = logits.logsumexp(dim=1).cpu().numpy()
+        # Equal ones by ascending id, which torch does not promise.
+        order = np.lexsort((ids, -values), axis=1)
+        return TopK(
+            np.take_along_axis(ids, order, axis=1),
+            np.take_along_axis(values, order, axis=1),
+            total,
+        )
