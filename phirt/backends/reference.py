@@ -1,0 +1,332 @@
+"""The reference: every dense decoder in NumPy, float32, with every capability.
+
+It needs no runtime, answers the same on every machine, and is slow: it is for tests,
+doctests and examples, and for judging other backends. The formulas are in
+`phirt.backends.reference_decoder`; this file makes a backend of them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+
+from phirt.backends.base import BaseModel, BaseSession, HostLogits
+from phirt.backends.execution import Parallel
+from phirt.backends.reference_decoder import Cache, Decoder
+from phirt.backends.reference_weights import read_weights
+from phirt.errors import (
+    BackendRuntimeError,
+    ContextLengthError,
+    ModelError,
+    OutOfMemoryError,
+    SessionClosedError,
+    UnsupportedModelError,
+)
+from phirt.models.decoder_config import DecoderConfig
+from phirt.models.folder import read_folder
+from phirt.models.huggingface_config import read_decoder_config
+from phirt.protocols import (
+    Accept,
+    Availability,
+    Capabilities,
+    KVCache,
+    KVLayer,
+    LoadOptions,
+    Logits,
+    ModelInfo,
+    Placement,
+    Reject,
+    Session,
+)
+from phirt.types import Artifact, FloatArray
+
+__all__ = ["ReferenceBackend"]
+
+_NAME = "reference"
+_FORMAT = "safetensors"
+_CHUNK = 256  # tokens per forward pass; bounds the attention scores to _CHUNK x context
+
+
+class ReferenceBackend:
+    """Adapter to the decoder in NumPy, on the CPU."""
+
+    name: ClassVar[str] = _NAME
+    formats: ClassVar[tuple[str, ...]] = (_FORMAT,)
+
+    def probe(self) -> list[Availability]:
+        """NumPy is a dependency of phirt's own, so it is always there."""
+        return [Availability("cpu", "ran", f"NumPy {np.__version__}")]
+
+    def accepts(self, artifact: Artifact, device: str) -> Accept | Reject:
+        """Accepts safetensors folders of the dense architectures on the CPU."""
+        if device != "cpu":
+            return Reject(f"the reference runs on the CPU, not on {device!r}", 'Pass device="cpu".')
+        if artifact.format != _FORMAT:
+            return Reject(
+                f"the reference reads safetensors folders, not {artifact.format!r}",
+                "Give it the checkpoint that the model was made from.",
+            )
+        try:
+            read_decoder_config(artifact.path / "config.json")
+        except ModelError as error:
+            return Reject(str(error))
+        return Accept()
+
+    def load(self, artifact: Artifact, device: str, options: LoadOptions) -> ReferenceModel:
+        """Read the weights into memory, as float32.
+
+        NumPy takes its number of threads from the environment when it is imported, so
+        ``options.threads`` and ``options.spinning`` have nothing to act on.
+
+        Raises:
+            ValueError: ``options.extra`` is not empty: there is nothing to set.
+            ModelFormatError: The folder's files are damaged.
+            UnsafeModelError: A file reaches outside the folder.
+            UnsupportedModelError: The decoder is none that phirt knows, or the device is
+                not the CPU.
+            OutOfMemoryError: The weights do not fit.
+        """
+        if options.extra:
+            raise ValueError(f"The reference has no settings, and was given {dict(options.extra)}.")
+        verdict = self.accepts(artifact, device)
+        if isinstance(verdict, Reject):
+            raise UnsupportedModelError(f"{artifact.path}: {verdict.reason}")
+        folder = read_folder(artifact.path, name=artifact.name, formats=self.formats)
+        config = read_decoder_config(artifact.path / "config.json")
+        weights = read_weights(artifact.path, config)
+        return ReferenceModel(config, weights, folder.artifact.weights_id)
+
+
+class ReferenceModel(BaseModel):
+    """A `Decoder` as a `phirt.protocols.LoadedModel`."""
+
+    def __init__(
+        self, config: DecoderConfig, weights: Mapping[str, FloatArray], weights_id: str
+    ) -> None:
+        self.decoder: Decoder | None = Decoder(config, weights)
+        self.config = config
+        super().__init__(
+            info=ModelInfo(
+                vocab_size=config.vocab_size,
+                context_length=config.context_length,
+                eos_token_ids=frozenset(config.eos_token_ids),
+                weights_id=weights_id,
+                rope_boundary=config.rope.boundary,
+                window=config.window,
+            ),
+            capabilities=Capabilities(
+                truncate=True, verify=True, interrupt=True, kv=True, batch=True, topk=True
+            ),
+            execution=Parallel(),
+        )
+
+    def placement(self) -> Placement:
+        """The CPU: NumPy knows no other place."""
+        return Placement(device="cpu", provider="NumPy")
+
+    def _new_session(self, *, max_length: int, expected_length: int) -> ReferenceSession:
+        return ReferenceSession(self, max_length=max_length, expected_length=expected_length)
+
+    def _new_pool(self, *, slots: int, capacity: int, expected_length: int) -> ReferencePool:
+        return ReferencePool(self, slots=slots, capacity=capacity, expected_length=expected_length)
+
+    def _unload(self) -> None:
+        self.decoder = None
+
+
+class ReferenceSession(BaseSession):
+    """One sequence and its `Cache`."""
+
+    def __init__(self, model: ReferenceModel, *, max_length: int, expected_length: int) -> None:
+        super().__init__(model, max_length=max_length)
+        assert model.decoder is not None  # noqa: S101 - the weights stay while a session is open
+        self._decoder: Decoder | None = model.decoder
+        self._config = model.config
+        self._interrupted = threading.Event()
+        self._cache: Cache | None = None
+        self.reserve(min(expected_length, max_length))
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that there is room for."""
+        return self._cache.capacity if self._cache else 0
+
+    def reserve(self, length: int) -> None:
+        """Make room for ``length`` tokens."""
+        try:
+            if self._cache is None:
+                self._cache = Cache(self._config, self._regime, length)
+            self._cache.reserve(length)
+        except MemoryError as error:
+            raise OutOfMemoryError(
+                f"Out of memory while allocating a KV cache for {length} tokens. Ask for fewer."
+            ) from error
+
+    def become(self, layers: Sequence[KVLayer], length: int) -> None:
+        """Hold these keys and values instead of what was held."""
+        self.reserve(length)
+        assert self._cache is not None  # noqa: S101 - reserve made it
+        for index, layer in enumerate(layers):
+            self._cache.append(index, 0, layer.key, layer.value)
+        self._length = length
+
+    def _append(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
+        vocab = self._info.vocab_size
+        if not all(0 <= token < vocab for token in token_ids):
+            raise ValueError(f"Token ids must be from 0 to {vocab - 1}, not {list(token_ids)}.")
+        decoder, cache = self._decoder, self._cache
+        assert decoder is not None  # noqa: S101 - the session is open
+        assert cache is not None  # noqa: S101 - likewise
+        self.reserve(self._length + len(token_ids))
+        hidden: list[FloatArray] = []
+        # What is not finite reaches the caller as it is; the loop refuses it.
+        with np.errstate(over="ignore", invalid="ignore"):
+            for first in range(0, len(token_ids), _CHUNK):
+                part = token_ids[first : first + _CHUNK]
+                hidden.append(
+                    decoder.forward(
+                        part, cache, self._length + first, before_layer=self._end_if_interrupted
+                    )
+                )
+            rows = np.concatenate(hidden) if every_position else hidden[-1][-1:]
+            return HostLogits(decoder.logits(rows))
+
+    def _end_if_interrupted(self) -> None:
+        if self._interrupted.is_set():
+            raise BackendRuntimeError("The call was interrupted.")
+
+    def _interrupt(self) -> None:
+        self._interrupted.set()
+
+    def _truncate(self, length: int) -> None:
+        """Nothing to do: what lies beyond the length is never read, and is overwritten."""
+
+    def _export_kv(self) -> Sequence[KVLayer]:
+        return self._cache.copy(self._length) if self._cache else []
+
+    def _import_kv(self, cache: KVCache) -> None:
+        config = self._config
+        shape = (config.num_kv_heads, cache.length, config.head_size)
+        fits = [
+            layer.start == 0 and layer.key.shape == layer.value.shape == shape
+            for layer in cache.layers
+        ]
+        if len(fits) != config.num_layers or not all(fits):
+            raise ValueError(
+                f"The cache does not fit: the reference needs {config.num_layers} layers of shape "
+                f"{shape} from position 0 on."
+            )
+        self.become(cache.layers, cache.length)
+
+    def _free(self) -> None:
+        self._cache = self._decoder = None
+
+
+class ReferencePool:
+    """Sessions that are decoded together, one after the other: rows cannot disturb each other."""
+
+    def __init__(
+        self, model: ReferenceModel, *, slots: int, capacity: int, expected_length: int
+    ) -> None:
+        self._model = model
+        self._slots = slots
+        self._limit = capacity
+        self._capacity = min(expected_length, capacity)
+        self._rows: list[_Row] = []
+        self._closed = False
+
+    @property
+    def slots(self) -> int:
+        """Rows."""
+        return self._slots
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each row has room for at least."""
+        return self._capacity
+
+    def acquire(self) -> Session:
+        """A session on a free row."""
+        self._check_open()
+        if len(self._rows) == self._slots:
+            raise ValueError(f"All {self._slots} rows of the pool are taken; close a session.")
+        row = _Row(self._model, max_length=self._limit, expected_length=self._capacity)
+        row.rows = self._rows
+        self._rows.append(row)
+        return row
+
+    def decode(self, sessions: Sequence[Session], token_ids: Sequence[int]) -> Logits:
+        """Append one token to each of several sessions; one row of logits for each."""
+        rows = self._own(sessions)
+        if len(token_ids) != len(rows):
+            raise ValueError(f"{len(rows)} sessions were given {len(token_ids)} tokens.")
+        for row in rows:
+            if row.length == 0:
+                raise ValueError("A session of the batch is empty; prefill it first.")
+            if row.length >= self._limit:
+                raise ContextLengthError(
+                    f"A session of the batch holds {row.length} tokens, all that it was made for.",
+                    required=row.length + 1,
+                    available=self._limit,
+                )
+        logits = [row.decode(token) for row, token in zip(rows, token_ids, strict=True)]
+        return HostLogits(np.concatenate([one.numpy() for one in logits]))
+
+    def reorder(self, sessions: Sequence[Session], sources: Sequence[Session]) -> None:
+        """Make each session a copy of its source, all at once."""
+        rows = self._own(sessions)
+        if len(sources) != len(rows):
+            raise ValueError(f"{len(rows)} sessions were given {len(sources)} sources.")
+        # All copies are taken before the first is written: a source may be overwritten too.
+        copies = [(source.export_kv().layers, source.length) for source in self._known(sources)]
+        for row, (layers, length) in zip(rows, copies, strict=True):
+            row.become(layers, length)
+
+    def grow(self, capacity: int) -> None:
+        """Give every row room for ``capacity`` tokens."""
+        self._check_open()
+        if capacity > self._limit:
+            raise ContextLengthError(
+                f"The pool was made for rows of {self._limit} tokens; {capacity} is more.",
+                required=capacity,
+                available=self._limit,
+            )
+        self._capacity = max(self._capacity, capacity)
+        for row in self._rows:
+            row.reserve(capacity)
+
+    def close(self) -> None:
+        """Close every session."""
+        self._closed = True
+        for row in list(self._rows):
+            row.close()
+
+    def _own(self, sessions: Sequence[Session]) -> list[_Row]:
+        rows = self._known(sessions)
+        if len({id(row) for row in rows}) != len(rows):
+            raise ValueError("The sessions of one call must be distinct.")
+        return rows
+
+    def _known(self, sessions: Sequence[Session]) -> list[_Row]:
+        self._check_open()
+        known = [row for session in sessions for row in self._rows if row is session]
+        if len(known) != len(sessions):
+            raise ValueError("A session is not of this pool, or is closed.")
+        return known
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosedError("The pool is closed; make a new one.")
+
+
+class _Row(ReferenceSession):
+    """A session that gives its row back to the pool when it is closed."""
+
+    rows: list[_Row]
+
+    def _free(self) -> None:
+        super()._free()
+        self.rows.remove(self)
