@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,16 @@ def transformers_model(checkpoint: Checkpoint) -> Any:
     if config.rope.factors is not None:
         model.model.rotary_emb.inv_freq /= torch.from_numpy(config.rope.factors)
     return model.eval()
+
+
+def pretrained(folder: Path) -> Any:
+    """A Hugging Face folder as a model of transformers, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def transformers_logits(model: Any, token_ids: Sequence[int]) -> FloatArray:
