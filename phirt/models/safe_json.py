@@ -177,6 +177,31 @@ class JsonFields:
         items = value if isinstance(value, list) else [value]
         return tuple(self._check_integer(path, item, minimum, maximum) for item in items)
 
+    def number(self, path: str, *, minimum: float, maximum: float) -> float:
+        """The number at ``path``, an integer or not, between both bounds, inclusive."""
+        return self._check_number(path, self._required(path), minimum, maximum)
+
+    def optional_number(self, path: str, *, minimum: float, maximum: float) -> float | None:
+        """As `number`, or None."""
+        value = self.value(path)
+        return None if value is None else self._check_number(path, value, minimum, maximum)
+
+    def numbers(self, path: str, *, minimum: float, maximum: float) -> tuple[float, ...]:
+        """The list of numbers at ``path``, each between both bounds, inclusive."""
+        value = self._required(path)
+        if not isinstance(value, list):
+            self._fail(path, f"must be a list of numbers, not {_show(value)}")
+        return tuple(self._check_number(path, item, minimum, maximum) for item in value)
+
+    def boolean(self, path: str) -> bool:
+        """The truth value at ``path``; False where it is absent or null."""
+        value = self.value(path)
+        if value is None:
+            return False
+        if not isinstance(value, bool):
+            self._fail(path, f"must be true or false, not {_show(value)}")
+        return value
+
     def string(self, path: str, *, max_length: int = 4096) -> str:
         """The string at ``path``, of at most ``max_length`` characters."""
         return self._check_string(path, self._required(path), max_length)
@@ -221,6 +246,13 @@ class JsonFields:
         if not minimum <= value <= maximum:
             self._fail(path, f"must be between {minimum:,} and {maximum:,}, not {_show(value)}")
         return value
+
+    def _check_number(self, path: str, value: object, minimum: float, maximum: float) -> float:
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            self._fail(path, f"must be a number, not {_show(value)}")
+        if not minimum <= value <= maximum:
+            self._fail(path, f"must be between {minimum:g} and {maximum:g}, not {_show(value)}")
+        return float(value)
 
     def _check_string(self, path: str, value: object, max_length: int) -> str:
         if not isinstance(value, str):
