@@ -36,6 +36,7 @@ __all__ = [
     "DECODER_ARCHITECTURES",
     "ConfigFacts",
     "config_facts",
+    "decoder_config",
     "read_config_facts",
     "read_decoder_config",
 ]
@@ -185,8 +186,16 @@ def read_decoder_config(path: Path) -> DecoderConfig:
         UnsupportedModelError: It is none of `DECODER_ARCHITECTURES`, or asks for something
             that phirt does not compute.
     """
-    document = read_json(path, max_bytes=_MAX_CONFIG_BYTES)
-    source = str(path)
+    return decoder_config(read_json(path, max_bytes=_MAX_CONFIG_BYTES), source=str(path))
+
+
+def decoder_config(document: Mapping[str, Any], *, source: str) -> DecoderConfig:
+    """`read_decoder_config` of a document that is read already.
+
+    Args:
+        document: The config.json.
+        source: What to call it in an error: the file's path.
+    """
     architecture = JsonFields(document, source=source).string("model_type", max_length=100)
     if architecture not in DECODER_ARCHITECTURES:
         raise UnsupportedModelError(
