@@ -21,7 +21,7 @@ from phirt.build.onnx_graph import GraphBuilder
 from phirt.build.onnx_linear import LinearWriter
 from phirt.build.onnx_norm import NormWriter
 from phirt.build.onnx_rope import table_rows
-from phirt.build.precision import Precision
+from phirt.build.precision import Precision, check_precision
 from phirt.errors import UnsupportedModelError
 from phirt.models.decoder_config import DecoderConfig
 
@@ -56,9 +56,11 @@ def write_decoder(checkpoint: Checkpoint, model_path: Path, *, precision: Precis
         precision: How the weights are stored.
 
     Raises:
-        UnsupportedModelError: The architecture, a size, or an encoding in this precision.
+        UnsupportedModelError: The precision, the architecture, a size, or an encoding in this
+            precision.
         FileExistsError: One of the files exists.
     """
+    check_precision("onnx-genai", precision)
     _check_supported(checkpoint.config)
     with ExternalData(model_path.with_name(model_path.name + ".data")) as external:
         graph = GraphBuilder("decoder", external)

@@ -7,9 +7,10 @@ import onnx
 import pytest
 
 from phirt.build.onnx_decoder import write_decoder
-from phirt.build.precision import Precision
+from phirt.build.precision import FORMAT_PRECISIONS, Precision
 from phirt.errors import UnsupportedModelError
 from phirt.models.rotary import Rotary
+from tests.build.decoders import DECODERS, numpy_logits, random_decoder
 from tests.build.onnx.checkpoints import random_llama, tiny
 from tests.build.onnx.oracle import transformers_logits, transformers_model
 from tests.build.onnx.runtime import mean_kl, written
@@ -53,8 +54,46 @@ class TestAgainstTransformers:
             assert np.abs(found - expected).max() < 1e-3
 
 
+# ONNX Runtime's attention rotates heads, and parts of them, of multiples of 16.
+ODD_HEADS = {
+    "heads of 24": tiny(head_size=24, rope=Rotary(theta=10_000.0, dim=24)),
+    "12 of 24, normed": tiny(head_size=24, qk_norm=True, rope=Rotary(theta=10_000.0, dim=12)),
+    "16 of 32": tiny(head_size=32),
+}
+
+
+class TestAgainstTheFormulas:
+    @pytest.mark.parametrize(
+        "config", [*DECODERS.values(), *ODD_HEADS.values()], ids=[*DECODERS, *ODD_HEADS]
+    )
+    def test_prefill_and_decode(self, config, tmp_path):
+        checkpoint = random_decoder(config)
+        expected = numpy_logits(checkpoint, TOKENS)
+        decoder = written(checkpoint, tmp_path)
+        assert np.abs(decoder.logits(TOKENS) - expected).max() < 1e-4
+        decoder.reset()
+        steps = [decoder.run(TOKENS[:35]), *(decoder.run([token]) for token in TOKENS[35:])]
+        assert np.abs(np.concatenate(steps) - expected[34:]).max() < 1e-4
+
+    @pytest.mark.parametrize("config", ODD_HEADS.values(), ids=ODD_HEADS)
+    def test_rows_of_other_lengths_have_other_positions(self, config, tmp_path):
+        decoder = written(random_decoder(config), tmp_path)
+        lengths, alone, caches = (5, 9), [], []
+        for length in lengths:
+            decoder.reset()
+            decoder.run(TOKENS[:length])
+            padding = ((0, 0), (0, 0), (0, 9 - length), (0, 0))
+            caches.append({name: np.pad(cache, padding) for name, cache in decoder.cache.items()})
+            alone.append(decoder.run([7])[0])
+        feeds = {name: np.concatenate([c[name] for c in caches]) for name in caches[0]}
+        feeds["input_ids"] = np.full((2, 1), 7, np.int64)
+        feeds["attention_mask"] = np.array([[i <= n for i in range(10)] for n in lengths], np.int64)
+        (together,) = decoder.session.run(["logits"], feeds)
+        np.testing.assert_allclose(together[:, 0], np.stack(alone), atol=1e-5)
+
+
 class TestPositions:
-    @pytest.mark.parametrize("precision", list(Precision))
+    @pytest.mark.parametrize("precision", FORMAT_PRECISIONS["onnx-genai"])
     def test_the_last_position_alone_has_logits_unless_more_are_asked_for(
         self, precision, tmp_path
     ):
@@ -197,6 +236,12 @@ class TestGraph:
 
 
 class TestRefusals:
+    @pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
+    def test_a_precision_of_other_layouts(self, precision, tmp_path):
+        with pytest.raises(UnsupportedModelError, match="fp32, exact, int8, int4"):
+            write_decoder(random_llama(), tmp_path / "model.onnx", precision=precision)
+        assert not list(tmp_path.iterdir())
+
     def test_another_architecture(self, tmp_path):
         with pytest.raises(UnsupportedModelError, match="'mamba'"):
             write_decoder(
