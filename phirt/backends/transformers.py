@@ -108,17 +108,16 @@ def _load(
     torch: Any, transformers: Any, folder: ModelFolder, target: Any, options: LoadOptions
 ) -> Any:
     path = folder.artifact.path
-    # Its headers are checked now; the parameters keep the mapped files open.
-    weights = SafetensorsFolder(path)
     try:
-        network = load_network(
-            torch,
-            transformers,
-            weights,
-            path,
-            dtype=options.extra.get("dtype", "float32" if target.type == "cpu" else None),
-            attention=options.extra.get("attn_implementation"),
-        )
+        with SafetensorsFolder(path) as weights:
+            network = load_network(
+                torch,
+                transformers,
+                weights,
+                path,
+                dtype=options.extra.get("dtype", "float32" if target.type == "cpu" else None),
+                attention=options.extra.get("attn_implementation"),
+            )
         return network.to(target)
     except ModelError:
         raise

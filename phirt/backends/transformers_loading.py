@@ -44,7 +44,17 @@ _QUANTIZED = ("quantization_config", "compression_config")
 # weight is looked at. Real models stay below a thousand.
 _MOST_PARTS = 4096
 _CAUSAL = ("causallm", "lmhead", "conditionalgeneration")
-_TORCH_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_TORCH_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    # Masks that older checkpoints carry along.
+    "I64": "int64",
+    "I32": "int32",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 # Layers whose keys and values are kept position by position.
 _LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 
@@ -86,7 +96,7 @@ def load_network(
         torch: The module.
         transformers: The module.
         weights: The folder's tensors. Parameters that are stored in ``dtype`` stay in the
-            mapped files, which therefore must not be closed.
+            mapped files.
         folder: The model's folder.
         dtype: torch's name of the dtype to compute in; None for the one of most weights.
         attention: transformers' name of an attention implementation; None to choose.
@@ -101,13 +111,12 @@ def load_network(
     if attention is None:
         attention = _attention(config, network_class)
     _check_size(torch, network_class, config, weights, folder)
-    names = list(weights.names())
-    largest = max(names, key=lambda name: math.prod(weights.shape(name)))
+    tensors = {name: _tensor(torch, weights, name) for name in weights.names()}
+    largest = max(tensors.values(), key=lambda tensor: tensor.numel())
     settings = {
-        "dtype": getattr(torch, dtype or _TORCH_DTYPES[weights.dtype(largest)]),
+        "dtype": getattr(torch, dtype) if dtype else largest.dtype,
         "attn_implementation": attention,
     }
-    tensors = {name: _tensor(torch, weights, name) for name in names}
     network, report = _fill(network_class, config, tensors, settings)
     missing = sorted(report["missing_keys"])
     if missing:
@@ -208,7 +217,13 @@ def _attention(config: Any, network_class: Any) -> str:
 def _tensor(torch: Any, weights: SafetensorsFolder, name: str) -> Any:
     """A tensor over the mapped file itself."""
     raw = weights.raw(name)
-    dtype = getattr(torch, _TORCH_DTYPES[weights.dtype(name)])
+    stored = weights.dtype(name)
+    if stored not in _TORCH_DTYPES:
+        raise UnsupportedModelError(
+            f"The tensor {name!r} is stored as {stored}; phirt gives transformers plain weights "
+            "only, of 16 bits or more."
+        )
+    dtype = getattr(torch, _TORCH_DTYPES[stored])
     if raw.ctypes.data % dtype.itemsize:
         raw = raw.copy()  # The format does not promise alignment.
     return torch.from_numpy(raw.reshape(-1)).view(dtype).reshape(weights.shape(name))
