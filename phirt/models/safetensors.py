@@ -1,0 +1,300 @@
+"""Safetensors files, mapped into memory: what they hold is checked before anything is read.
+
+The format (https://github.com/huggingface/safetensors#format): 8 bytes, the length of the
+header, little-endian; the header, a JSON object of name to dtype, shape and byte range;
+the data, without holes. The checks are those of the official library and a few more, of
+numbers that no model needs.
+"""
+
+from __future__ import annotations
+
+import mmap
+import stat
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phirt.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from phirt.models.paths import plain_name_fault, resolve_inside
+from phirt.models.safe_json import JsonFields, parse_json, read_json
+from phirt.types import FloatArray
+
+__all__ = ["INDEX_NAME", "SafetensorsFolder", "weight_files"]
+
+INDEX_NAME = "model.safetensors.index.json"
+
+_SINGLE_NAME = "model.safetensors"
+_SHARDS = "model*.safetensors"
+
+# The format allows headers of 100 MB, which would cost gigabytes to parse. The longest seen
+# (of one file with 100,000 tensors) is a tenth of this.
+_MAX_HEADER_BYTES = 16 << 20
+_MAX_DIMENSIONS = 16
+_MAX_DIMENSION = 1 << 32
+_MAX_OFFSET = 1 << 48
+
+# Bits per element. Those below 8 are packed.
+_BITS = {
+    "F4": 4,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "BOOL": 8,
+    "U8": 8,
+    "I8": 8,
+    "F8_E4M3": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2": 8,
+    "F8_E5M2FNUZ": 8,
+    "F8_E8M0": 8,
+    "U16": 16,
+    "I16": 16,
+    "F16": 16,
+    "BF16": 16,
+    "U32": 32,
+    "I32": 32,
+    "F32": 32,
+    "U64": 64,
+    "I64": 64,
+    "F64": 64,
+    "C64": 64,
+}
+
+
+def weight_files(folder: Path) -> tuple[Path, ...]:
+    """The safetensors files of a model folder, in order; empty where it has none.
+
+    Those that the index names; without an index ``model.safetensors``, as `transformers`
+    does; without that all that match ``model*.safetensors``, as mlx-lm does. Files of other
+    names (adapters, optimizers) are not weights of a model.
+
+    Raises:
+        ModelFormatError: The index is damaged.
+        UnsafeModelError: A file is named or linked to outside the folder.
+    """
+    return _weight_files(folder, _read_index(folder))
+
+
+class SafetensorsFolder:
+    """The tensors of a model folder's safetensors files.
+
+    Nothing but headers is read until a tensor is asked for. Close it, or use it in a
+    ``with`` statement; asking a closed one raises `ValueError`. Arrays that it returned
+    may be views of the files, and stay valid: a file is unmapped when the last of them is
+    gone.
+
+    Args:
+        folder: Holds ``model.safetensors``, or several files and an index.
+
+    Raises:
+        ModelNotFoundError: There is no such folder or file, or no safetensors file in it.
+        ModelFormatError: A file is damaged, or contradicts the index.
+        UnsafeModelError: A file is named or linked to outside the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        index = _read_index(folder)
+        files = _weight_files(folder, index)
+        if not files:
+            raise ModelNotFoundError(f"{folder} holds no model.safetensors and no {INDEX_NAME}.")
+        self._folder = folder
+        self._closed = False
+        self._tensors: dict[str, _Tensor] = {}
+        try:
+            for file in files:
+                for name, tensor in _open(folder, file).items():
+                    if name in self._tensors:
+                        _fail(file, f"the tensor {name[:80]!r} is in another file too")
+                    self._tensors[name] = tensor
+            if index is not None:
+                self._check_index(index)
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the files. Calling it again does nothing."""
+        self._closed = True
+        self._tensors = {}
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in the order of their bytes."""
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor. Raises `ModelFormatError` if there is none of that name."""
+        return self._tensor(name).shape
+
+    def dtype(self, name: str) -> str:
+        """Element type of a tensor in the format's words, such as ``"BF16"``.
+
+        Raises `ModelFormatError` if there is no tensor of that name.
+        """
+        return self._tensor(name).dtype
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """The bytes of a tensor, a read-only view of the file.
+
+        Raises `ModelFormatError` if there is no tensor of that name.
+        """
+        return self._tensor(name).data
+
+    def float32(self, name: str) -> FloatArray:
+        """The values of a tensor. Read-only, and a view of the file, where it holds float32.
+
+        Raises:
+            ModelFormatError: There is no tensor of that name.
+            UnsupportedModelError: It is neither F32 nor F16 nor BF16.
+        """
+        tensor = self._tensor(name)
+        if tensor.dtype == "F32":
+            values = tensor.data.view("<f4")
+        elif tensor.dtype == "F16":
+            values = tensor.data.view("<f2")
+        elif tensor.dtype == "BF16":  # the upper half of a float32
+            values = (tensor.data.view("<u2").astype(np.uint32) << np.uint32(16)).view(np.float32)
+        else:
+            raise UnsupportedModelError(
+                f"{self._folder}: the tensor {name[:80]!r} is {tensor.dtype}; phirt reads F32, "
+                "F16 and BF16."
+            )
+        # Others' code expects alignment, which the format recommends and does not promise.
+        aligned = np.require(values, np.float32, ["ALIGNED"])
+        return aligned.reshape(tensor.shape)
+
+    def _tensor(self, name: str) -> _Tensor:
+        if self._closed:
+            raise ValueError(f"The safetensors files of {self._folder} are closed.")
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise ModelFormatError(f"{self._folder} has no tensor {name[:80]!r}.") from None
+
+    def _check_index(self, index: Mapping[str, str]) -> None:
+        for name, file in index.items():
+            tensor = self._tensors.get(name)
+            if tensor is None or tensor.file != file:
+                _fail(self._folder / INDEX_NAME, f"{name[:80]!r} is not in {file}, as it says")
+        # As in transformers, what the index does not name is no part of the model.
+        self._tensors = {name: self._tensors[name] for name in self._tensors if name in index}
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: NDArray[np.uint8]
+
+
+def _fail(path: Path, problem: str) -> NoReturn:
+    raise ModelFormatError(f"{path}: {problem}. Fetch the file again.")
+
+
+def _weight_files(folder: Path, index: Mapping[str, str] | None) -> tuple[Path, ...]:
+    if index is not None:
+        return tuple(folder / name for name in sorted(set(index.values())))
+    if (folder / _SINGLE_NAME).exists():
+        return (folder / _SINGLE_NAME,)
+    return tuple(sorted(folder.glob(_SHARDS)))
+
+
+def _read_index(folder: Path) -> dict[str, str] | None:
+    """File of each tensor, by name; None without an index."""
+    path = folder / INDEX_NAME
+    if not path.exists():
+        return None
+    resolve_inside(folder, INDEX_NAME)
+    entries = JsonFields(read_json(path), source=str(path)).mapping("weight_map")
+    if not entries:
+        _fail(path, "it has no weight_map")
+    for name, file in entries.items():
+        if not isinstance(file, str) or plain_name_fault(file) or not file.endswith(".safetensors"):
+            # An index could name any file of the folder, a pickle among them.
+            _fail(path, f"it says that {name[:80]!r} is in {str(file)[:80]!r}")
+    return entries
+
+
+def _open(folder: Path, path: Path) -> dict[str, _Tensor]:
+    """Map a file and check all of its header."""
+    resolve_inside(folder, path.name)
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
+            _fail(path, "it is not a regular file")
+        with path.open("rb") as file:
+            prefix = file.read(8)
+            size = path.stat().st_size
+            length = int.from_bytes(prefix, "little")
+            if len(prefix) < 8 or length > size - 8:
+                _fail(path, f"its {size:,} bytes end before its header does")
+            if length > _MAX_HEADER_BYTES:
+                _fail(path, f"its header has {length:,} bytes; {_MAX_HEADER_BYTES:,} are allowed")
+            header = file.read(length)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except FileNotFoundError as error:
+        raise ModelNotFoundError(f"{folder} lacks {path.name}, a file of weights.") from error
+    except OSError as error:
+        raise ModelFormatError(f"{path} cannot be read: {error.strerror or error}.") from error
+    data = np.frombuffer(mapped, np.uint8)[8 + length :]
+    return _read_header(header, data, path)
+
+
+def _read_header(header: bytes, data: NDArray[np.uint8], path: Path) -> dict[str, _Tensor]:
+    if not header.startswith(b"{"):
+        _fail(path, "its header is not JSON")
+    entries = parse_json(header, source=str(path))
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        _fail(path, "__metadata__ must be an object of strings")
+    found = [(_read_entry(name, entry, path), name) for name, entry in entries.items()]
+    end = 0
+    tensors: dict[str, _Tensor] = {}
+    for (begin, stop, dtype, shape), name in sorted(found):
+        if begin != end:
+            _fail(path, f"the tensor {name[:80]!r} begins at byte {begin:,}, not at {end:,}")
+        if stop > len(data):
+            _fail(path, f"the tensor {name[:80]!r} ends at byte {stop:,} of {len(data):,}")
+        tensors[name] = _Tensor(path.name, dtype, shape, data[begin:stop])
+        end = stop
+    if end != len(data):
+        _fail(path, f"its tensors have {end:,} bytes, its data {len(data):,}")
+    return tensors
+
+
+def _read_entry(name: str, entry: object, path: Path) -> tuple[int, int, str, tuple[int, ...]]:
+    """Byte range, dtype and shape of a tensor, which agree with each other."""
+    if not isinstance(entry, Mapping):
+        _fail(path, f"the tensor {name[:80]!r} is not described")
+    dtype = entry.get("dtype")
+    bits = _BITS.get(dtype) if isinstance(dtype, str) else None
+    if bits is None:
+        _fail(path, f"the tensor {name[:80]!r} is of the unknown type {str(dtype)[:80]!r}")
+    shape = _sizes(entry.get("shape"), _MAX_DIMENSION, f"shape of {name[:80]!r}", path)
+    offsets = _sizes(entry.get("data_offsets"), _MAX_OFFSET, f"offsets of {name[:80]!r}", path)
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        _fail(path, f"the offsets of {name[:80]!r} are no range")
+    begin, end = offsets
+    count = 1
+    for size in shape:
+        count *= size
+    if count * bits != (end - begin) * 8:
+        _fail(
+            path, f"the tensor {name[:80]!r}, {dtype} of {shape}, cannot have {end - begin:,} bytes"
+        )
+    return begin, end, str(dtype), shape
+
+
+def _sizes(value: Any, maximum: int, what: str, path: Path) -> tuple[int, ...]:
+    sound = isinstance(value, list) and len(value) <= _MAX_DIMENSIONS
+    if not sound or not all(type(item) is int and 0 <= item <= maximum for item in value):
+        _fail(path, f"the {what} must be a short list of sizes, not {str(value)[:80]}")
+    return tuple(value)
