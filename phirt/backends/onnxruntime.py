@@ -1,38 +1,35 @@
 """ONNX Runtime, driven directly: phirt owns the KV cache and binds it as input and output.
 
-The graph is a decoder in the convention of onnxruntime-genai's Model Builder, whose
-GroupQueryAttention writes new keys and values into the buffer it reads the old ones
-from. Past and present are therefore bound to the *same* memory: nothing is copied from
-step to step, and rolling back is setting a length.
+Two kinds of graphs are driven. In those of onnxruntime-genai's Model Builder, attention
+writes new keys and values into the buffer that it reads the old ones from: past and present
+are bound to the same memory. In those that Optimum and transformers.js use, a step returns
+a new, longer cache, which is the next step's past.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from phirt.backends.base import BaseModel, BaseSession, HostLogits, import_runtime
-from phirt.backends.execution import Parallel
-from phirt.backends.onnxruntime_graph import (
-    KEEP_INPUT,
-    cache_names,
-    check_graph,
-    check_supported,
-    dtype_of,
+from phirt.backends.base import BaseModel, import_runtime
+from phirt.backends.execution import InTurn, Parallel
+from phirt.backends.onnxruntime_errors import translate_load
+from phirt.backends.onnxruntime_graph import describe_graph
+from phirt.backends.onnxruntime_memory import DeviceMemory, HostMemory
+from phirt.backends.onnxruntime_options import Settings, session_options
+from phirt.backends.onnxruntime_pool import OrtPool
+from phirt.backends.onnxruntime_proto import top_model
+from phirt.backends.onnxruntime_providers import (
+    Provider,
+    add_to,
+    find_provider,
+    installed,
+    read_placement,
 )
-from phirt.errors import (
-    BackendBrokenError,
-    BackendNotInstalledError,
-    BackendRuntimeError,
-    DevicePlacementError,
-    ModelFormatError,
-    OutOfMemoryError,
-)
+from phirt.backends.onnxruntime_session import GrowingSession, OrtSession, SharedSession
+from phirt.devices.names import DeviceName
+from phirt.errors import BackendBrokenError, BackendNotInstalledError
 from phirt.models.folder import ModelFolder, read_folder
 from phirt.models.onnx_safety import check_onnx_files
 from phirt.protocols import (
@@ -41,25 +38,16 @@ from phirt.protocols import (
     Capabilities,
     Lack,
     LoadOptions,
-    Logits,
     ModelInfo,
     Placement,
     Reject,
 )
-from phirt.types import Artifact, FloatArray
+from phirt.types import Artifact
 
 __all__ = ["OnnxRuntimeBackend"]
 
 _NAME = "onnxruntime"
 _EXTRA = "cpu"
-_PROVIDERS = {"cpu": "CPUExecutionProvider"}
-_FORMAT = "onnx-genai"
-_BUCKET = 256  # tokens; the KV cache is allocated in multiples of it
-# How long an idle worker spins before it sleeps, in microseconds. Measured on 2 cores
-# (docs/performance.md): alone it decodes as fast as with onnxruntime's own, far longer
-# spinning, and beside one busy process 1.5 times as fast.
-_SPIN_US = "10"
-_OUT_OF_MEMORY = re.compile(r"bad.?alloc|failed to allocate|not enough memory", re.IGNORECASE)
 
 
 def _import() -> Any:
@@ -68,46 +56,44 @@ def _import() -> Any:
     return import_runtime("onnxruntime", backend=_NAME, extra=_EXTRA)
 
 
-def _translate(error: Exception, doing: str) -> BackendRuntimeError | OutOfMemoryError:
-    """Say in phirt's words what the runtime raised; the caller chains the original."""
-    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
-        return OutOfMemoryError(
-            f"Out of memory while {doing}: {_first_line(error)}. Ask for fewer tokens, "
-            "or load the model in a smaller precision."
-        )
-    return BackendRuntimeError(f"onnxruntime failed while {doing}: {_first_line(error)}")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 class OnnxRuntimeBackend:
-    """Adapter to ONNX Runtime's ``InferenceSession``, on the CPU."""
+    """Adapter to ONNX Runtime's ``InferenceSession``, on any of its execution providers."""
 
     name: ClassVar[str] = _NAME
-    formats: ClassVar[tuple[str, ...]] = (_FORMAT,)
+    formats: ClassVar[tuple[str, ...]] = ("onnx-genai", "onnx")
 
     def probe(self) -> list[Availability]:
-        """Whether onnxruntime imports, and offers the CPU."""
+        """Which devices the installed wheel and plugins serve: found, none of them tried."""
         try:
             ort = _import()
         except BackendNotInstalledError as error:
             return [Availability("cpu", "missing", str(error), f'pip install "phirt[{_EXTRA}]"')]
         except BackendBrokenError as error:
             return [Availability("cpu", "broken", str(error), None)]
-        return [Availability("cpu", "found", f"onnxruntime {ort.__version__}")]
+        version = f"onnxruntime {ort.__version__}"
+        found: dict[str, Availability] = {}
+        for row in installed(ort):
+            source = f"{version}, {row.name}" + (f" of {row.module}" if row.module else "")
+            found.setdefault(row.device, Availability(row.device, "found", source))
+        return list(found.values())
 
     def accepts(self, artifact: Artifact, device: str) -> Accept | Reject:
-        """Accepts genai folders on the CPU."""
-        if device not in _PROVIDERS:
+        """Accepts ONNX graphs on every device that an installed provider serves."""
+        if artifact.format not in self.formats:
             return Reject(
-                f"phirt drives onnxruntime on the CPU only, not on {device!r}",
-                'Pass device="cpu".',
+                f"onnxruntime reads ONNX graphs ({' or '.join(self.formats)}), "
+                f"not {artifact.format!r}"
             )
-        if artifact.format != _FORMAT:
+        try:
+            ort = _import()
+        except (BackendNotInstalledError, BackendBrokenError):
+            return Accept()  # `load` says what is wrong with the installation
+        kind = DeviceName.parse(device).kind
+        if next(installed(ort, kind), None) is None:
+            served = ", ".join(dict.fromkeys(row.device for row in installed(ort)))
             return Reject(
-                f"onnxruntime reads folders with a genai_config.json, not {artifact.format!r}"
+                f"the execution providers that are installed serve {served}, not {device!r}",
+                'Install the wheel or plugin that serves it, or pass device="cpu".',
             )
         return Accept()
 
@@ -117,48 +103,63 @@ class OnnxRuntimeBackend:
         Raises:
             BackendNotInstalledError: onnxruntime is not installed.
             BackendBrokenError: It is installed and does not import.
+            DeviceNotAvailableError: No provider here serves the device.
             ModelFormatError: The folder's files are damaged.
             UnsafeModelError: A file reaches outside the folder.
             UnsupportedModelError: The graph is of a kind that phirt cannot drive.
             OutOfMemoryError: The weights do not fit.
             DevicePlacementError: The graph runs elsewhere than on ``device``.
+            ValueError: ``options.extra`` holds a value that phirt does not understand.
         """
         ort = _import()
-        folder = read_folder(artifact.path)
-        check_supported(folder)
-        check_onnx_files(folder.artifact.path, folder.decoder.filename)
-        return OrtModel(ort, folder, device, options)
+        settings = Settings.of(options)
+        provider = find_provider(ort, device)
+        folder = read_folder(artifact.path, formats=self.formats)
+        assert folder.model_path is not None  # noqa: S101  # both formats have a graph
+        check_onnx_files(folder.model_path.parent, folder.model_path.name)
+        return OrtModel(ort, folder, provider, device, settings)
 
 
 class OrtModel(BaseModel):
-    """A decoder graph in an ``InferenceSession``."""
+    """A decoder graph in an ``InferenceSession``.
 
-    def __init__(self, ort: Any, folder: ModelFolder, device: str, options: LoadOptions) -> None:
-        spec = folder.decoder
+    Attributes:
+        ort: The onnxruntime module.
+        inference: The session.
+        graph: Its inputs and outputs.
+        memory: Where caches and logits lie.
+        tokens_per_run: Most tokens of one run, or None.
+    """
+
+    def __init__(
+        self, ort: Any, folder: ModelFolder, provider: Provider, device: str, settings: Settings
+    ) -> None:
         self.ort = ort
-        self.spec = spec
-        self.inference = _open(ort, folder, device, options)
-        self._placement = _read_placement(self.inference, device)
-        self.past_names, self.present_names = cache_names(spec)
-        inputs = {i.name: i for i in self.inference.get_inputs()}
-        outputs = {o.name: o for o in self.inference.get_outputs()}
-        check_graph(inputs, outputs, folder)
-        self.kv_dtype = dtype_of(inputs[self.past_names[0]], folder)
-        self.logits_dtype = dtype_of(outputs[spec.logits], folder)
-        self.takes_positions = spec.position_ids is not None and spec.position_ids in inputs
-        overridable = {i.name for i in self.inference.get_overridable_initializers()}
-        # A graph that declares one position computes the LM head for the last one only.
-        self.prunes_logits = outputs[spec.logits].shape[1] == 1
-        self.can_keep_logits = KEEP_INPUT in overridable | inputs.keys()
+        self.tokens_per_run = settings.tokens_per_run
+        self._provider = provider
+        self._settings = settings
+        self._path = folder.model_path
+        self.inference: Any = self._open(os.fspath(folder.model_path or ""))
+        self._placement = read_placement(self.inference, provider, device)
+        self.graph = describe_graph(self.inference, folder)
+        self.memory = (
+            HostMemory(ort)
+            if provider.memory == "cpu"
+            else DeviceMemory(ort, self._open, provider.memory, provider.index)
+        )
+        self.shares_buffer = provider.shares_buffer and _shares_buffer(folder)
+        facts, spec = getattr(folder, "facts", None), folder.decoder  # TEMPORARY
         super().__init__(
             info=ModelInfo(
-                vocab_size=spec.vocab_size,
-                context_length=spec.context_length,
-                eos_token_ids=frozenset(spec.eos_token_ids),
+                vocab_size=self.graph.vocab_size,
+                context_length=spec.context_length if spec else facts.context_length,
+                eos_token_ids=frozenset(spec.eos_token_ids if spec else facts.eos_token_ids),
                 weights_id=folder.artifact.weights_id,
+                rope_boundary=facts.rope_boundary if facts else None,
+                window=facts.window if facts else None,
             ),
-            capabilities=_capabilities(verify=self.can_keep_logits or not self.prunes_logits),
-            execution=Parallel(),
+            capabilities=self._capabilities(),
+            execution=Parallel() if provider.is_cpu else InTurn(),
             native=self.inference,
         )
 
@@ -166,173 +167,63 @@ class OrtModel(BaseModel):
         """Which execution provider took how many nodes, as onnxruntime recorded it."""
         return self._placement
 
+    def run_options(self) -> Any:
+        """New options for runs."""
+        options = self.ort.RunOptions()
+        options.log_severity_level = 4
+        return options
+
+    @cached_property
+    def selection(self) -> Any:
+        """The graph that chooses the largest logits, on the model's own provider."""
+        return self._open(top_model(self.graph.logits_type.number))
+
     def _new_session(self, *, max_length: int, expected_length: int) -> OrtSession:
-        return OrtSession(self, max_length=max_length, expected_length=expected_length)
+        if not self.shares_buffer:
+            return GrowingSession(self, max_length=max_length)
+        return SharedSession(self, max_length=max_length, expected_length=expected_length)
+
+    def _new_pool(self, *, slots: int, capacity: int, expected_length: int) -> OrtPool:
+        return OrtPool(self, slots=slots, capacity=capacity, expected_length=expected_length)
 
     def _unload(self) -> None:
         self.inference = None
+        self.__dict__.pop("selection", None)
 
-
-def _capabilities(*, verify: bool) -> Capabilities:
-    lacks = {
-        "kv": Lack("not yet", "the buffers are host memory, and phirt does not copy them yet"),
-        "batch": Lack("not yet", "phirt binds one row per buffer so far"),
-        "topk": Lack("not yet", "the logits are in host memory on the CPU"),
-    }
-    if not verify:
-        lacks["verify"] = Lack("never", "the graph computes the logits of the last position only")
-    return Capabilities(truncate=True, verify=verify, interrupt=True, lacks=lacks)
-
-
-def _open(ort: Any, folder: ModelFolder, device: str, options: LoadOptions) -> Any:
-    settings = ort.SessionOptions()
-    # Errors reach the caller as exceptions; a library does not write to stderr as well.
-    settings.log_severity_level = 4
-    settings.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if options.threads is not None:
-        settings.intra_op_num_threads = options.threads
-    if options.spinning is None:
-        settings.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_US)
-    else:
-        settings.add_session_config_entry(
-            "session.intra_op.allow_spinning", "1" if options.spinning else "0"
-        )
-    for key, value in options.extra.items():
-        settings.add_session_config_entry(key, str(value))
-    path = folder.model_path
-    try:
-        return ort.InferenceSession(
-            os.fspath(path), sess_options=settings, providers=[_PROVIDERS[device]]
-        )
-    except Exception as error:
-        if re.search(r"InvalidProtobuf|InvalidGraph|InvalidArgument", type(error).__name__):
-            raise ModelFormatError(
-                f"onnxruntime cannot read {path}: {_first_line(error)}"
-            ) from error
-        raise _translate(error, f"loading {path}") from error
-
-
-def _read_placement(inference: Any, device: str) -> Placement:
-    nodes: dict[str, int] = {}
-    for assignment in inference.get_provider_graph_assignment_info():
-        name = assignment.ep_name
-        nodes[name] = nodes.get(name, 0) + len(assignment.get_nodes())
-    provider = _PROVIDERS[device]
-    if nodes and provider not in nodes:
-        raise DevicePlacementError(
-            f"Device {device!r} was asked for, but every node runs on {', '.join(nodes)}."
-        )
-    return Placement(device=device, provider=provider, nodes=nodes)
-
-
-class OrtSession(BaseSession):
-    """One sequence: KV buffers bound once, and a few small inputs rebound at each step."""
-
-    def __init__(self, model: OrtModel, *, max_length: int, expected_length: int) -> None:
-        super().__init__(model, max_length=max_length)
-        self._model = model
-        self._inference = model.inference
-        self._binding = self._inference.io_binding()
-        self._run_options = model.ort.RunOptions()
-        self._run_options.log_severity_level = 4
-        self._cache: list[NDArray[Any]] = []
-        self._capacity = 0
-        self._grow(min(expected_length, max_length))
-        spec = model.spec
-        self._token = np.zeros((1, 1), np.int64)
-        self._token_value = model.ort.OrtValue.ortvalue_from_numpy(self._token)
-        self._logits = np.zeros((1, 1, spec.vocab_size), model.logits_dtype)
-        self._logits_value = model.ort.OrtValue.ortvalue_from_numpy(self._logits)
-        self._keep = np.ones(1, np.int64)
-        self._keep_value = model.ort.OrtValue.ortvalue_from_numpy(self._keep)
-        # What the binding holds now, so that a step rebinds only what changes.
-        self._bound_token = False
-        self._bound_logits = False
-        self._bound_keep = 0
-
-    def _append(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
-        count = len(token_ids)
-        if self._length + count > self._capacity:
-            self._grow(self._length + count)
-        self._bind_inputs(token_ids)
-        in_place = self._bind_logits(count, every_position=every_position)
+    def _open(self, model: str | bytes) -> Any:
+        """Open a graph, a file's or a serialized one, on the model's provider."""
+        options = session_options(self.ort, self._settings)
+        providers = add_to(self.ort, self._provider, options, self._settings.provider_options)
         try:
-            # The wrapper around this method validates inputs that were bound by name.
-            self._inference.run_with_iobinding(self._binding, self._run_options)
+            session = self.ort.InferenceSession(
+                model, sess_options=options, providers=providers, enable_fallback=0
+            )
         except Exception as error:
-            raise _translate(error, f"running {count} tokens") from error
-        if in_place:
-            return HostLogits(self._logits[0].astype(np.float32, copy=False))
-        return HostLogits(self._fetch_logits(every_position=every_position))
+            raise translate_load(error, self._path) from error
+        session.disable_fallback()
+        return session
 
-    def _bind_inputs(self, token_ids: Sequence[int]) -> None:
-        spec, binding = self._model.spec, self._binding
-        count, total = len(token_ids), self._length + len(token_ids)
-        if count == 1:
-            self._token[0, 0] = token_ids[0]
-            if not self._bound_token:
-                binding.bind_ortvalue_input(spec.input_ids, self._token_value)
-        else:
-            binding.bind_cpu_input(spec.input_ids, np.array(token_ids, np.int64)[None])
-        self._bound_token = count == 1
-        binding.bind_cpu_input(spec.attention_mask, self._mask[:, :total])
-        if self._model.takes_positions:
-            positions = np.arange(self._length, total, dtype=np.int64)[None]
-            binding.bind_cpu_input(spec.position_ids, positions)
+    def _capabilities(self) -> Capabilities:
+        lacks = {}
+        if not self.graph.can_verify:
+            reason = "the graph computes the logits of the last position only"
+            lacks["verify"] = Lack("never", reason)
+        if not self.shares_buffer:
+            reason = "a cache that every step makes anew has one length for all rows"
+            lacks["batch"] = Lack("not yet", reason)
+        elif not self.memory.has_addresses:
+            reason = (
+                f"{self._provider.name} cannot bind one row of a buffer; its WebGPU kernel also "
+                "takes all rows to be of one length"
+            )
+            lacks["batch"] = Lack("not yet", reason)
+        if self.memory.on_host:
+            lacks["topk"] = Lack("never", "the logits are in host memory already")
+        missing = {name: name not in lacks for name in ("verify", "batch", "topk")}
+        return Capabilities(truncate=True, interrupt=True, kv=True, lacks=lacks, **missing)
 
-    def _bind_logits(self, count: int, *, every_position: bool) -> bool:
-        """Bind the output, and say whether it is the session's own one-row buffer."""
-        model, binding = self._model, self._binding
-        keep = count if every_position else 1
-        if model.can_keep_logits and keep != self._bound_keep:
-            # An input with a default is bound as a value: binding it by its array looks
-            # for it among the required inputs only.
-            self._keep[0] = keep
-            binding.bind_ortvalue_input(KEEP_INPUT, self._keep_value)
-            self._bound_keep = keep
-        one_row = count == 1 or (not every_position and model.prunes_logits)
-        if not one_row:
-            # onnxruntime allocates it, since its shape is the graph's to know.
-            binding.bind_output(model.spec.logits, "cpu")
-        elif not self._bound_logits:
-            binding.bind_ortvalue_output(model.spec.logits, self._logits_value)
-        self._bound_logits = one_row
-        return one_row
 
-    def _fetch_logits(self, *, every_position: bool) -> FloatArray:
-        # Outputs are listed in the order in which they were first bound: the cache when
-        # the session was made, the logits after it.
-        logits: NDArray[Any] = self._binding.get_outputs()[-1].numpy()[0]
-        rows = logits if every_position else logits[-1:]
-        return np.ascontiguousarray(rows, dtype=np.float32)
-
-    def _grow(self, length: int) -> None:
-        """Give the cache room for ``length`` tokens, and some more."""
-        spec, ort = self._model.spec, self._model.ort
-        wanted = max(length, min(2 * self._capacity, self._capacity + 8 * _BUCKET))
-        capacity = min(-(-wanted // _BUCKET) * _BUCKET, self._max_length)
-        shape = (1, spec.num_kv_heads, capacity, spec.head_size)
-        names = list(zip(self._model.past_names, self._model.present_names, strict=True))
-        try:
-            # Fresh zeros are not touched by the system until they are written.
-            cache = [np.zeros(shape, self._model.kv_dtype) for _ in names]
-            for old, new in zip(self._cache, cache, strict=False):
-                new[:, :, : self._length] = old[:, :, : self._length]
-            mask = np.ones((1, capacity), np.int64)
-        except MemoryError as error:
-            raise _translate(error, f"allocating a KV cache for {capacity} tokens") from error
-        for (past, present), buffer in zip(names, cache, strict=True):
-            value = ort.OrtValue.ortvalue_from_numpy(buffer)
-            self._binding.bind_ortvalue_input(past, value)
-            self._binding.bind_ortvalue_output(present, value)
-        self._cache, self._mask, self._capacity = cache, mask, capacity
-
-    def _truncate(self, length: int) -> None:
-        """Nothing to do: what lies beyond the length is never read, and is overwritten."""
-
-    def _interrupt(self) -> None:
-        self._run_options.terminate = True
-
-    def _free(self) -> None:
-        self._cache = []
-        self._binding = self._inference = None
+def _shares_buffer(folder: ModelFolder) -> bool:
+    """Whether the graph was made for past and present in one buffer."""
+    spec = folder.decoder
+    return spec is not None and bool(spec.search.get("past_present_share_buffer", False))

@@ -1,0 +1,263 @@
+"""Execution providers: which device name means which, how each is opened, and what it took.
+
+onnxruntime falls back to the CPU silently: in its list of providers, in its constructor, and
+node by node. Here no fallback is asked for, and the assignment of the nodes is read back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import pkgutil
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from phirt.devices.names import DeviceName
+from phirt.errors import DeviceNotAvailableError, DevicePlacementError
+from phirt.protocols import Placement
+
+__all__ = ["Provider", "add_to", "find_provider", "installed", "read_placement"]
+
+_CPU = "CPUExecutionProvider"
+_PREFIX = "onnxruntime_ep_"
+
+# What must be on the device for a model to count as running there. The rest, shapes, lengths
+# and masks of a few integers, belongs on the CPU: providers leave it there on purpose.
+_HEAVY = frozenset(
+    {
+        "Attention",
+        "DecoderMaskedMultiHeadAttention",
+        "DynamicQuantizeMatMul",
+        "FusedGemm",
+        "FusedMatMul",
+        "Gemm",
+        "GroupQueryAttention",
+        "MatMul",
+        "MatMulBnb4",
+        "MatMulInteger",
+        "MatMulIntegerToFloat",
+        "MatMulNBits",
+        "MoE",
+        "MultiHeadAttention",
+        "PackedAttention",
+        "QMoE",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provider:
+    """One way to run on a kind of device.
+
+    Attributes:
+        device: The device name, without an index.
+        name: onnxruntime's name of the execution provider.
+        module: The package that brings it as a plugin, or None where it is built in.
+        hardware: Which of a plugin's devices: ``"CPU"``, ``"GPU"`` or ``"NPU"``; None for any.
+        memory: onnxruntime's name of the memory that the cache lies in.
+        shares_buffer: Whether its attention writes new keys and values into the buffer
+            that it reads the old ones from.
+        index_option: The provider's option that chooses among several devices.
+        options: Options that it is given.
+        config: Entries of the session's configuration that it needs.
+        index: Which of several devices, from 0.
+    """
+
+    device: str
+    name: str
+    module: str | None = None
+    hardware: str | None = None
+    memory: str = "cpu"
+    shares_buffer: bool = False
+    index_option: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, str] = field(default_factory=dict)
+    index: int = 0
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether it is onnxruntime's own CPU provider."""
+        return self.name == _CPU
+
+
+# With the channels-last layout that it prefers for convolutions, the provider's nodes are
+# placed before onnxruntime begins to record who got which.
+_WEBGPU_CONFIG = {"ep.webgpuexecutionprovider.preferredLayout": "NCHW"}
+_OPENVINO = "OpenVINOExecutionProvider"
+_OPENVINO_EP = "onnxruntime_ep_openvino"
+_QNN = "QNNExecutionProvider"
+_RTX = "NvTensorRTRTXExecutionProvider"
+_MLX = "MLXExecutionProvider"
+
+# In order of preference for each device. A provider that copies the cache on every step
+# (shares_buffer False) is right on any graph; sharing is for those known to support it.
+_TABLE = (
+    Provider(device="cpu", name=_CPU, shares_buffer=True),
+    Provider(
+        device="cuda",
+        name="CUDAExecutionProvider",
+        memory="cuda",
+        shares_buffer=True,
+        index_option="device_id",
+    ),
+    Provider(device="tensorrt-rtx", name=_RTX, memory="cuda", index_option="device_id"),
+    Provider(device="tensorrt-rtx", name=_RTX, module="onnxruntime_ep_nv_tensorrt_rtx"),
+    Provider(
+        device="directml",
+        name="DmlExecutionProvider",
+        memory="dml",
+        shares_buffer=True,
+        index_option="device_id",
+    ),
+    Provider(
+        device="webgpu",
+        name="WebGpuExecutionProvider",
+        memory="webgpu",
+        shares_buffer=True,
+        index_option="deviceId",
+        config=_WEBGPU_CONFIG,
+    ),
+    Provider(
+        device="webgpu",
+        name="WebGpuExecutionProvider",
+        module="onnxruntime_ep_webgpu",
+        config=_WEBGPU_CONFIG,
+    ),
+    Provider(device="coreml", name="CoreMLExecutionProvider"),
+    Provider(device="metal", name=_MLX, module="onnxruntime_ep_mlx"),
+    Provider(device="openvino-cpu", name=_OPENVINO, module=_OPENVINO_EP, hardware="CPU"),
+    Provider(device="openvino-cpu", name=_OPENVINO, options={"device_type": "CPU"}),
+    Provider(device="gpu", name=_OPENVINO, module=_OPENVINO_EP, hardware="GPU"),
+    Provider(device="gpu", name=_OPENVINO, options={"device_type": "GPU"}),
+    Provider(device="gpu", name=_QNN, module="onnxruntime_qnn", hardware="GPU"),
+    Provider(device="npu", name=_QNN, module="onnxruntime_qnn", hardware="NPU"),
+    Provider(device="npu", name=_QNN),
+    Provider(device="npu", name=_OPENVINO, module=_OPENVINO_EP, hardware="NPU"),
+    Provider(device="npu", name=_OPENVINO, options={"device_type": "NPU"}),
+)
+_KNOWN_MODULES = {row.module for row in _TABLE if row.module is not None}
+
+
+def installed(ort: Any, kind: str | None = None) -> Iterator[Provider]:
+    """The providers that are installed here, preferred first; of one device kind, if named.
+
+    Nothing is loaded: whether a device is there shows when a model is loaded on it.
+    """
+    built_in = ort.get_available_providers()
+    for row in _rows():
+        if kind not in (None, row.device):
+            continue
+        if row.name in built_in if row.module is None else _is_installed(row.module):
+            yield row
+
+
+def find_provider(ort: Any, device: str) -> Provider:
+    """The provider that serves a device. Plugins for it are loaded.
+
+    Raises:
+        DeviceNotAvailableError: None is installed, or it finds no such device.
+    """
+    wanted = DeviceName.parse(device)
+    index = wanted.index or 0
+    empty = []
+    for row in installed(ort, wanted.kind):
+        # A built-in provider with one device has no option to choose another.
+        count = 1 if row.module is None else len(_plugin_devices(ort, row))
+        if index < count or row.index_option is not None:
+            return replace(row, index=index)
+        empty.append(row)
+    if empty:
+        found = f"{empty[0].module or empty[0].name} is installed, and finds no such device"
+    else:
+        names = dict.fromkeys(row.name for row in installed(ort))
+        found = f"none of the execution providers that are installed serves it ({', '.join(names)})"
+    raise DeviceNotAvailableError(
+        f"Device {device!r} is not available to backend 'onnxruntime': {found}. "
+        'Install the wheel or plugin that serves it, or pass device="cpu".'
+    )
+
+
+def add_to(ort: Any, provider: Provider, settings: Any, options: Mapping[str, Any]) -> list[Any]:
+    """Choose the provider in a session's options.
+
+    Args:
+        ort: The onnxruntime module.
+        provider: The provider.
+        settings: The ``SessionOptions``; a plugin's device is added to them.
+        options: The user's own options for the provider.
+
+    Returns:
+        What to pass as ``providers``; empty for a plugin.
+    """
+    for key, value in provider.config.items():
+        settings.add_session_config_entry(key, value)
+    if provider.memory == "dml":
+        settings.enable_mem_pattern = False  # DirectML's own condition
+    chosen = {**provider.options, **{key: str(value) for key, value in options.items()}}
+    if provider.module is not None:
+        found = _plugin_devices(ort, provider)[provider.index]
+        settings.add_provider_for_devices([found], chosen)
+        return []
+    if provider.index_option is not None and provider.index:
+        chosen[provider.index_option] = str(provider.index)
+    return [(provider.name, chosen)] if chosen else [provider.name]
+
+
+def read_placement(inference: Any, provider: Provider, device: str) -> Placement:
+    """Who took which nodes.
+
+    Raises:
+        DevicePlacementError: A node of the heavy kinds (products of matrices, attention) is
+            not on the device, or onnxruntime does not say where any node is.
+    """
+    nodes: Counter[str] = Counter()
+    strays: list[str] = []
+    for assignment in inference.get_provider_graph_assignment_info():
+        for node in assignment.get_nodes():
+            nodes[assignment.ep_name] += 1
+            if assignment.ep_name != provider.name and node.op_type in _HEAVY:
+                strays.append(f"{node.op_type} {node.name!r}")
+    if strays or provider.name not in nodes:
+        found = ", ".join(f"{count} nodes on {name}" for name, count in nodes.items()) or "nothing"
+        stray = f"; off the device are {len(strays)}, such as {strays[0]}" if strays else ""
+        raise DevicePlacementError(
+            f"Device {device!r} was asked for, which is {provider.name}, but onnxruntime reports "
+            f"{found}{stray}. Use a graph made for this provider, or another device."
+        )
+    return Placement(device=device, provider=provider.name, nodes=dict(nodes))
+
+
+def _rows() -> Iterator[Provider]:
+    yield from _TABLE
+    for found in pkgutil.iter_modules():
+        if found.name.startswith(_PREFIX) and found.name not in _KNOWN_MODULES:
+            device = found.name.removeprefix(_PREFIX).replace("_", "-")
+            for name in importlib.import_module(found.name).get_ep_names():
+                yield Provider(device=device, name=name, module=found.name)
+
+
+def _is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+_registered: set[str] = set()
+_lock = threading.Lock()
+
+
+def _plugin_devices(ort: Any, provider: Provider) -> list[Any]:
+    """The devices of a plugin, whose library is registered once per process."""
+    if provider.module is None:
+        return []
+    with _lock:
+        if provider.module not in _registered:
+            path = importlib.import_module(provider.module).get_library_path()
+            ort.register_execution_provider_library(provider.module, path)
+            _registered.add(provider.module)
+    return [
+        found
+        for found in ort.get_ep_devices()
+        if found.ep_name == provider.name and provider.hardware in (None, found.device.type.name)
+    ]
