@@ -50,10 +50,11 @@ class AttentionWriter:
 
     Attributes:
         sinks: The states' assignments, which a graph lists beside its results.
-        variables: The states.
     """
 
-    def __init__(self, config: DecoderConfig, matrices: MatrixWriter, inputs: dict[str, Any]):
+    def __init__(
+        self, config: DecoderConfig, matrices: MatrixWriter, inputs: dict[str, Any]
+    ) -> None:
         self._config = config
         self._matrices = matrices
         self._inputs = inputs
@@ -96,7 +97,8 @@ class AttentionWriter:
         """Queries, keys or values of every head, (batch, heads, positions, head size)."""
         config = self._config
         bias = f"{tensors}.{part}_proj.bias" if config.qkv_bias else None
-        packed = self._matrices.project(x, f"{tensors}.{part}_proj.weight", bias=bias)
+        weight = f"{tensors}.{part}_proj.weight"
+        packed = self._matrices.project(x, weight, bias=bias, sensitive=True)
         split = ops.reshape(packed, integers(0, 0, heads, config.head_size), True)
         if config.qk_norm and part != "v":
             weight = self._matrices.vector(
@@ -187,6 +189,8 @@ def _rotate(x: Any, cosines: Any, sines: Any, dim: int, head_size: int) -> Any:
         return ops.concat([_rotate(turning, cosines, sines, dim, dim), rest], -1)
     half = dim // 2
     first = ops.slice(x, integers(0), integers(half), integers(1), integers(3))
-    second = ops.slice(x, integers(half), integers(np.iinfo(np.int64).max), integers(1), integers(3))
+    second = ops.slice(
+        x, integers(half), integers(np.iinfo(np.int64).max), integers(1), integers(3)
+    )
     turned = ops.concat([ops.multiply(second, ops.constant(np.float32(-1))), first], -1)
     return ops.add(ops.multiply(x, cosines), ops.multiply(turned, sines))

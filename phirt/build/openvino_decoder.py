@@ -15,17 +15,19 @@ import numpy as np
 from phirt.backends.openvino_runtime import import_openvino
 from phirt.build.checkpoint import Checkpoint
 from phirt.build.openvino_attention import AttentionWriter, rms_norm
-from phirt.build.openvino_precision import OpenVinoPrecision
 from phirt.build.openvino_weights import MatrixWriter, ScratchFile
+from phirt.build.precision import Precision, check_precision
 from phirt.errors import UnsupportedModelError
 from phirt.models.decoder_config import DecoderConfig
 
 ov = import_openvino()
 ops = ov.opset13
 
-__all__ = ["write_openvino"]
+__all__ = ["ARCHITECTURES", "write_openvino"]
 
-_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text")
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text")
+"""What `write_openvino` writes, as Hugging Face's ``model_type``."""
+
 _EMBEDDING = "model.embed_tokens.weight"
 _LM_HEAD = "lm_head.weight"
 # Beyond this a single matrix is refused: no machine that runs phirt converts it, and a
@@ -49,7 +51,7 @@ def write_openvino(checkpoint: Checkpoint, out_dir: Path, *, precision: str) -> 
         FileExistsError: One of the files exists.
         ValueError: There is no such precision.
     """
-    chosen = OpenVinoPrecision(precision)
+    chosen = check_precision("openvino", precision)
     _check_supported(checkpoint.config)
     xml = out_dir / "openvino_model.xml"
     for path in (xml, xml.with_suffix(".bin")):
@@ -57,13 +59,13 @@ def write_openvino(checkpoint: Checkpoint, out_dir: Path, *, precision: str) -> 
             raise FileExistsError(f"{path} exists; phirt overwrites no model.")
     with ScratchFile(out_dir / "openvino_model.bin.part") as scratch:
         # Only the call below refers to the graph, which maps the scratch file.
-        ov.serialize(_graph(checkpoint, MatrixWriter(checkpoint, chosen, scratch)), xml)
+        ov.serialize(_graph(checkpoint, MatrixWriter(checkpoint, chosen, scratch), chosen), xml)
 
 
 def _check_supported(config: DecoderConfig) -> None:
-    if config.architecture not in _ARCHITECTURES:
+    if config.architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"phirt writes decoders of {', '.join(_ARCHITECTURES)} for OpenVINO; this is "
+            f"phirt writes decoders of {', '.join(ARCHITECTURES)} for OpenVINO; this is "
             f"{config.architecture!r}."
         )
     elements = {
@@ -79,7 +81,7 @@ def _check_supported(config: DecoderConfig) -> None:
         )
 
 
-def _graph(checkpoint: Checkpoint, matrices: MatrixWriter) -> Any:
+def _graph(checkpoint: Checkpoint, matrices: MatrixWriter, precision: Precision) -> Any:
     config = checkpoint.config
     inputs = {
         name: _input(name, axes)
@@ -101,7 +103,11 @@ def _graph(checkpoint: Checkpoint, matrices: MatrixWriter) -> Any:
     logits = matrices.head(x, _EMBEDDING if config.tie_word_embeddings else _LM_HEAD)
     result = ops.result(logits)
     result.get_output_tensor(0).set_names({"logits"})
-    return ov.Model([result], attention.sinks, list(inputs.values()), "decoder")
+    model = ov.Model([result], attention.sinks, list(inputs.values()), "decoder")
+    if precision is Precision.EXACT:
+        # Plugins multiply integer weights by activations rounded to 8 bits, unless told not to.
+        model.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
+    return model
 
 
 def _input(name: str, axes: int) -> Any:
@@ -149,8 +155,5 @@ class _LayerWriter:
         """``down(activation(gate(x)) * up(x))``."""
         gate = self._matrices.project(x, f"{scope}.mlp.gate_proj.weight")
         up = self._matrices.project(x, f"{scope}.mlp.up_proj.weight")
-        if self._config.activation == "silu":
-            activated = ops.swish(gate)
-        else:
-            activated = ops.gelu(gate, "tanh")
+        activated = ops.swish(gate) if self._config.activation == "silu" else ops.gelu(gate, "tanh")
         return self._matrices.project(ops.multiply(activated, up), f"{scope}.mlp.down_proj.weight")

@@ -3,42 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phirt.build.checkpoint import CheckpointTensor
+from phirt.build.precision import Precision
 from phirt.build.quantize import QuantizedMatrix, quantize_int4, quantize_int8, split_nibbles
 from phirt.build.repack import EXACT_ENCODINGS, FOUR_BIT_ENCODINGS, repack
 from phirt.errors import UnsupportedModelError
 from phirt.types import FloatArray
 
-__all__ = ["IntegerMatrix", "OpenVinoPrecision", "encode"]
+__all__ = ["IntegerMatrix", "encode"]
 
 _FLOAT_ENCODINGS = frozenset({"F32", "F16", "BF16"})
 _INT4_BLOCK_SIZE = 32
-INT8_BLOCK = 0
-
-
-class OpenVinoPrecision(StrEnum):
-    """How weights are stored; activations are float in all of them.
-
-    Attributes:
-        FP32: Decoded to float32, exactly.
-        FP16: Rounded to float16.
-        EXACT: The checkpoint's own integers, scales and block minima.
-        INT8: 8-bit integers, one scale a row.
-        INT4: The checkpoint's own blocks where they have 4 bits. What has more is rounded:
-            embedding and LM head to 8 bits, the rest to 4.
-    """
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    EXACT = "exact"
-    INT8 = "int8"
-    INT4 = "int4"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +41,7 @@ class IntegerMatrix:
 
 
 def encode(
-    tensor: CheckpointTensor, precision: OpenVinoPrecision, *, sensitive: bool
+    tensor: CheckpointTensor, precision: Precision, *, sensitive: bool
 ) -> FloatArray | NDArray[np.float16] | IntegerMatrix:
     """Read a matrix in the form that a precision gives it.
 
@@ -74,18 +54,19 @@ def encode(
         UnsupportedModelError: The precision cannot hold it.
     """
     match precision:
-        case OpenVinoPrecision.FP32:
+        case Precision.FP32:
             return tensor.float32()
-        case OpenVinoPrecision.FP16:
+        case Precision.FP16:
             return tensor.float32().astype(np.float16)
-        case OpenVinoPrecision.EXACT:
+        case Precision.EXACT:
             return _encode_exact(tensor)
-        case OpenVinoPrecision.INT4 if not sensitive or tensor.encoding in FOUR_BIT_ENCODINGS:
-            if tensor.encoding in FOUR_BIT_ENCODINGS:
-                return _integers(repack(tensor.encoding, tensor.blocks()))
+        case Precision.INT4 if tensor.encoding in FOUR_BIT_ENCODINGS:
+            return _encode_exact(tensor)
+        case Precision.INT4 if not sensitive:
             _check_block_size(tensor)
             return _integers(quantize_int4(tensor.float32(), block_size=_INT4_BLOCK_SIZE))
-    return _integers(quantize_int8(tensor.float32(), block_size=INT8_BLOCK or tensor.shape[-1]))
+    # One scale a row: what OpenVINO multiplies by most quickly.
+    return _integers(quantize_int8(tensor.float32(), block_size=tensor.shape[-1]))
 
 
 def _encode_exact(tensor: CheckpointTensor) -> FloatArray | IntegerMatrix:
@@ -121,9 +102,11 @@ def _integers(matrix: QuantizedMatrix) -> IntegerMatrix:
     elif matrix.offsets is None:
         zeros = np.full_like(scales, 8)
     else:
-        # A block of one value has no scale, and gets one that leaves the offset alone.
-        flat = scales == 0
-        zeros = np.where(flat, 8, 8) - matrix.offsets / np.where(flat, 1, scales)
+        # A block of one value has no scale that a zero point could be counted in.
+        flat = np.abs(scales) < np.finfo(np.float32).tiny
+        scales = np.where(flat, np.float32(1), scales)
+        values = np.where(flat[..., None], np.uint8(0), values)
+        zeros = np.where(flat, 0, 8) - matrix.offsets / scales
     return IntegerMatrix(
         bits=matrix.bits,
         shape=(rows, blocks, matrix.block_size),

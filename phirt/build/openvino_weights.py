@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from phirt.backends.openvino_runtime import import_openvino
 from phirt.build.checkpoint import Checkpoint, CheckpointTensor
-from phirt.build.openvino_precision import IntegerMatrix, OpenVinoPrecision, encode
+from phirt.build.openvino_precision import IntegerMatrix, encode
+from phirt.build.precision import Precision
 
 ov = import_openvino()
 ops = ov.opset13
@@ -67,9 +68,7 @@ class MatrixWriter:
         scratch: Receives them.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, precision: OpenVinoPrecision, scratch: ScratchFile
-    ) -> None:
+    def __init__(self, checkpoint: Checkpoint, precision: Precision, scratch: ScratchFile) -> None:
         self._checkpoint = checkpoint
         self._precision = precision
         self._scratch = scratch
@@ -80,9 +79,18 @@ class MatrixWriter:
         values = self._checkpoint.tensor(tensor).float32() + np.float32(offset)
         return ops.constant(values.astype(np.float32), name=tensor)
 
-    def project(self, x: Any, tensor: str, *, bias: str | None = None) -> Any:
-        """``x @ weight.T + bias`` for a matrix (out, in) of the checkpoint."""
-        weights = self._weights(self._checkpoint.tensor(tensor), sensitive=False)
+    def project(
+        self, x: Any, tensor: str, *, bias: str | None = None, sensitive: bool = False
+    ) -> Any:
+        """``x @ weight.T + bias``.
+
+        Args:
+            x: The input, (batch, positions, in).
+            tensor: Name of the matrix (out, in) in the checkpoint.
+            bias: Name of the bias, if there is one.
+            sensitive: Whether rounding the matrix to 4 bits costs much.
+        """
+        weights = self._weights(self._checkpoint.tensor(tensor), sensitive=sensitive)
         product = ops.matmul(x, weights, False, True, name=tensor.removesuffix(".weight"))
         return product if bias is None else ops.add(product, self.vector(bias))
 

@@ -37,7 +37,13 @@ class Precision(StrEnum):
 FORMAT_PRECISIONS: Mapping[str, tuple[Precision, ...]] = MappingProxyType(
     {
         "onnx-genai": (Precision.FP32, Precision.EXACT, Precision.INT8, Precision.INT4),
-        "openvino": (Precision.FP32, Precision.FP16, Precision.INT8),
+        "openvino": (
+            Precision.FP32,
+            Precision.FP16,
+            Precision.EXACT,
+            Precision.INT8,
+            Precision.INT4,
+        ),
         "safetensors": (Precision.FP32, Precision.FP16, Precision.BF16),
     }
 )
