@@ -1,20 +1,37 @@
 """A model folder: what lies in it and what its small files say.
 
-Reading a folder opens no weights and runs nothing. Two layouts exist for phirt: a
-"genai folder" (genai_config.json, an ONNX graph with its weights, tokenizer.json), which
-this module reads, and a single ``.gguf`` file, which is converted to one first.
+Reading a folder opens no weights and runs nothing. Which layouts there are is in
+`phirt.models.layouts`; this module reads what they have in common. Of code that a folder
+names (``auto_map``, a tokenizer class of its own) it takes no notice, because nothing here
+or in a backend would run it, and the models that are published with it are understood
+without; where the code *is* the model (mlx-lm's ``model_file``), the folder is refused.
 """
 
 from __future__ import annotations
 
-import hashlib
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from phirt.errors import ModelError, ModelFormatError, ModelNotFoundError, UnsafeModelError
+from phirt.errors import (
+    ModelError,
+    ModelFormatError,
+    ModelNotFoundError,
+    UnsafeModelError,
+    UnsupportedModelError,
+)
 from phirt.models.genai_config import GENAI_CONFIG_NAME, DecoderSpec, read_genai_config
+from phirt.models.huggingface_config import CONFIG_NAME, ConfigFacts, config_facts
+from phirt.models.layouts import (
+    FORMATS,
+    LAYOUTS,
+    Layout,
+    find_layout,
+    fingerprint,
+    held_formats,
+)
 from phirt.models.manifest import Manifest, read_manifest
 from phirt.models.paths import check_links, resolve_inside
 from phirt.models.safe_json import JsonFields, read_bytes, read_json
@@ -22,28 +39,27 @@ from phirt.types import Artifact
 
 __all__ = ["FORMATS", "ModelFolder", "held_formats", "read_folder"]
 
-FORMATS = ("onnx-genai", "openvino", "onnx", "mlx", "safetensors")
+_logger = logging.getLogger(__name__)
 
-_LAYOUTS = f"phirt reads a genai folder (one with {GENAI_CONFIG_NAME}), or a .gguf file"
-_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 _MAX_TEMPLATE_CHARACTERS = 1 << 20
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
-# Samples of the weights in a fingerprint: enough that two fine-tunings of one model differ
-# (they differ nearly everywhere), few enough to read in a millisecond.
-_SAMPLES = 16
-_SAMPLE_BYTES = 4096
+# Hugging Face's names of the types in which weights are stored.
+_PRECISIONS = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFolder:
-    """What a genai folder holds.
+    """What a model folder holds.
 
     Attributes:
-        artifact: Name, path, format (``"onnx-genai"``) and identity.
-        decoder: The graph, its inputs and outputs. Its ``eos_token_ids`` are the union of
-            genai_config.json's and generation_config.json's.
-        model_path: The ONNX file. Pass it to `check_onnx_files` before a runtime opens it.
+        artifact: Name, path, format and identity.
+        decoder: Only in the format ``"onnx-genai"``: the graph, its inputs and outputs. Its
+            ``eos_token_ids`` are those of ``facts``.
+        facts: What running the model needs to know. Its ``eos_token_ids`` are the union of
+            those of every configuration there is.
+        model_path: The graph: an .onnx file, to be passed to `check_onnx_files` before a
+            runtime opens it, or openvino_model.xml. None for safetensors.
         tokenizer_path: The tokenizer.json.
         chat_template: Source of the chat template (Jinja), or None.
         special_tokens: Texts of the special tokens that a chat template may write, those
@@ -54,23 +70,14 @@ class ModelFolder:
     """
 
     artifact: Artifact
-    decoder: DecoderSpec
-    model_path: Path
+    decoder: DecoderSpec | None
+    facts: ConfigFacts
+    model_path: Path | None
     tokenizer_path: Path
     chat_template: str | None
     special_tokens: Mapping[str, str]
     generation_defaults: Mapping[str, Any]
     manifest: Manifest | None
-
-
-def held_formats(path: Path) -> tuple[str, ...]:
-    """The layouts that a folder holds, in the order of `FORMATS`."""
-    held = []
-    if (path / GENAI_CONFIG_NAME).exists():
-        held.append("onnx-genai")
-    if any(path.glob("*.safetensors")):
-        held.append("safetensors")
-    return tuple(held)
 
 
 def read_folder(
@@ -81,77 +88,145 @@ def read_folder(
     Args:
         path: The folder.
         name: What the user calls the model; the folder's name where not given.
+        formats: The layouts to look for; the first that the folder holds is taken.
 
     Raises:
         ModelNotFoundError: There is no such folder, or a file that it needs is missing.
         ModelFormatError: One of its files is damaged.
-        UnsafeModelError: It holds only pickles, or leads or reaches out of itself.
-        UnsupportedModelError: It is sound, but not something that phirt runs.
+        UnsafeModelError: It holds only pickles, leads or reaches out of itself, or is a
+            model whose computation is code of its own.
+        UnsupportedModelError: It is sound, but not something that phirt runs, or in no
+            layout of ``formats``.
+        ValueError: One of ``formats`` is not one of `FORMATS`.
     """
     try:
-        return _read(path, name or path.resolve().name)
+        return _read(path, name or path.resolve().name, formats)
     except ModelError:
         raise
     except OSError as error:
         raise ModelFormatError(f"The model folder {path} cannot be read: {error}.") from error
 
 
-def _read(path: Path, name: str) -> ModelFolder:
+def _read(path: Path, name: str, formats: Sequence[str]) -> ModelFolder:
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
-        raise ModelNotFoundError(f"No model folder at {path}: it {found}. {_LAYOUTS}.")
-    if not (path / GENAI_CONFIG_NAME).exists():
-        _refuse_other_layouts(path)
+        raise ModelNotFoundError(f"No model folder at {path}: it {found}. {LAYOUTS}.")
     check_links(path)
+    layout = find_layout(path, formats)
     manifest = read_manifest(path)
     if manifest is not None:
         manifest.check_files(path)
-    decoder = read_genai_config(path / GENAI_CONFIG_NAME)
-    model_path = _require(path, decoder.filename, "the graph that genai_config.json names")
+    config = _config(path, layout)
+    decoder = read_genai_config(path / GENAI_CONFIG_NAME) if _is_genai(layout) else None
+    facts = _facts(path, config, decoder)
+    layout = _complete(path, layout, decoder)
     tokenizer_path = _require(path, "tokenizer.json", "the tokenizer")
-    generation, eos = _generation_config(path, decoder.vocab_size)
+    generation, eos = _generation_config(path, facts.vocab_size)
+    facts = replace(facts, eos_token_ids=facts.eos_token_ids | eos)
     tokenizer = _tokenizer_config(path)
+    defaults = generation if generation is not None else decoder.search if decoder else {}
     return ModelFolder(
         artifact=Artifact(
             name=name,
             path=path,
-            format="onnx-genai",
-            architecture=decoder.architecture,
-            precision=manifest.precision if manifest else None,
-            weights_id=manifest.weights_id if manifest else _fingerprint(path, model_path),
+            format=layout.format,
+            architecture=facts.architecture,
+            precision=manifest.precision if manifest else _precision(layout, config),
+            weights_id=manifest.weights_id if manifest else fingerprint(path, layout),
         ),
-        decoder=replace(decoder, eos_token_ids=decoder.eos_token_ids | eos),
-        model_path=model_path,
+        decoder=decoder and replace(decoder, eos_token_ids=facts.eos_token_ids),
+        facts=facts,
+        model_path=layout.model_path,
         tokenizer_path=tokenizer_path,
         chat_template=_chat_template(path, tokenizer),
         special_tokens=_special_tokens(tokenizer),
-        generation_defaults=decoder.search if generation is None else generation,
+        generation_defaults=defaults,
         manifest=manifest,
     )
 
 
-def _refuse_other_layouts(path: Path) -> NoReturn:
-    """Say what the folder is instead of a genai folder."""
-    suffixes = {entry.suffix.lower(): entry.name for entry in sorted(path.iterdir())}
-    if ".gguf" in suffixes:
-        raise ModelNotFoundError(
-            f"{path} is not a genai folder, but holds {suffixes['.gguf']}: name that file instead."
-        )
-    if ".safetensors" not in suffixes and _PICKLES & suffixes.keys():
-        pickle = suffixes[min(_PICKLES & suffixes.keys())]
+def _is_genai(layout: Layout) -> bool:
+    return layout.format == "onnx-genai"
+
+
+def _config(path: Path, layout: Layout) -> dict[str, Any]:
+    """config.json; empty where it is absent and a genai_config.json stands for it."""
+    if _is_genai(layout) and not (path / CONFIG_NAME).exists():
+        return {}
+    document = read_json(_require(path, CONFIG_NAME, "which says what the model is"))
+    if document.get("model_file"):
         raise UnsafeModelError(
-            f"{path} holds its weights as a pickle ({pickle}), which can run any code when it is "
-            f"opened, so phirt does not open it. {_LAYOUTS}."
+            f"{path / CONFIG_NAME} names a file of code that computes the model, model_file = "
+            f"{str(document['model_file'])[:80]!r}. phirt runs no code that comes with a model."
         )
-    held = ", ".join(entry.name for entry in sorted(path.iterdir())[:5]) or "nothing"
-    raise ModelNotFoundError(f"{path} lacks {GENAI_CONFIG_NAME}; it holds {held}. {_LAYOUTS}.")
+    _note_code(path / CONFIG_NAME, document)
+    return document
+
+
+def _note_code(path: Path, document: Mapping[str, Any]) -> None:
+    if document.get("auto_map"):
+        _logger.info("%s names code of the model's own (auto_map), which is not run", path)
+
+
+def _facts(path: Path, config: Mapping[str, Any], decoder: DecoderSpec | None) -> ConfigFacts:
+    """The facts; those of genai_config.json, which is of the graph, win."""
+    source = str(path / CONFIG_NAME)
+    if decoder is None:
+        return config_facts(config, source=source)
+    facts = ConfigFacts(
+        architecture=decoder.architecture,
+        vocab_size=decoder.vocab_size,
+        context_length=decoder.context_length,
+        eos_token_ids=decoder.eos_token_ids,
+        bos_token_id=decoder.bos_token_id,
+        pad_token_id=decoder.pad_token_id,
+        num_layers=decoder.num_layers,
+        num_kv_heads=decoder.num_kv_heads,
+        head_size=decoder.head_size,
+        window=decoder.window,
+    )
+    if not config:
+        return facts
+    try:
+        # What genai_config.json has no field for.
+        known = config_facts(config, source=source)
+    except UnsupportedModelError:
+        return facts
+    return replace(
+        facts,
+        eos_token_ids=facts.eos_token_ids | known.eos_token_ids,
+        rope_boundary=known.rope_boundary,
+        window=facts.window or known.window,
+    )
+
+
+def _complete(path: Path, layout: Layout, decoder: DecoderSpec | None) -> Layout:
+    """The layout with its graph, all of whose files are there."""
+    if decoder is not None:
+        graph = _require(path, decoder.filename, "the graph that genai_config.json names")
+        return replace(layout, model_path=graph)
+    if layout.model_path is not None:
+        _require(path, layout.model_path.relative_to(path).as_posix(), "the graph")
+    if layout.format == "openvino":
+        _require(path, "openvino_model.bin", "the graph's weights")
+    return layout
+
+
+def _precision(layout: Layout, config: Mapping[str, Any]) -> str | None:
+    """How the weights of a folder made elsewhere are stored, where it says so."""
+    if layout.format == "mlx":
+        bits = JsonFields(config, source=CONFIG_NAME).value("quantization.bits")
+        return f"int{bits}" if bits in {2, 3, 4, 5, 6, 8} else None
+    if layout.format == "safetensors" and not config.get("quantization_config"):
+        return _PRECISIONS.get(str(config.get("dtype") or config.get("torch_dtype")))
+    return layout.precision
 
 
 def _require(path: Path, name: str, what: str) -> Path:
     resolve_inside(path, name)
     file = path / name
     if not file.is_file():
-        raise ModelNotFoundError(f"{path} lacks {name}, {what}. {_LAYOUTS}.")
+        raise ModelNotFoundError(f"{path} lacks {name}, {what}. {LAYOUTS}.")
     return file
 
 
@@ -168,7 +243,9 @@ def _generation_config(path: Path, vocab_size: int) -> tuple[dict[str, Any] | No
 
 def _tokenizer_config(path: Path) -> JsonFields:
     file = path / "tokenizer_config.json"
-    return JsonFields(read_json(file) if file.exists() else {}, source=str(file))
+    document = read_json(file) if file.exists() else {}
+    _note_code(file, document)
+    return JsonFields(document, source=str(file))
 
 
 def _special_tokens(tokenizer: JsonFields) -> dict[str, str]:
@@ -200,26 +277,3 @@ def _chat_template(path: Path, tokenizer: JsonFields) -> str | None:
             named = JsonFields(item, source=str(path / "tokenizer_config.json"))
             return named.string("template", max_length=_MAX_TEMPLATE_CHARACTERS)
     return None
-
-
-def _fingerprint(path: Path, model_path: Path) -> str:
-    """Identify the weights of a folder that phirt did not write, without reading them whole.
-
-    Hashing gigabytes would cost seconds at every load. The fingerprint covers name, size,
-    time of modification and evenly spaced samples of the graph file and of every file that
-    can hold its external data. The samples tell apart files whose times were normalized (by
-    an archive, say); the times tell apart files that differ only between the samples. A
-    copy may get another fingerprint, which costs a cache miss and nothing else.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(path.iterdir()):
-        if file.suffix in {".json", ".jinja", ".md", ".txt"} or not file.is_file():
-            continue
-        status = file.stat()
-        role = "graph" if file == model_path else "data"
-        digest.update(f"{role}\0{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-        with file.open("rb") as stream:
-            for index in range(_SAMPLES):
-                stream.seek(max(0, status.st_size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE_BYTES))
-    return f"fingerprint:{digest.hexdigest()[:32]}"

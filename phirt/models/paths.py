@@ -31,6 +31,7 @@ _FAULTS = tuple(
     )
 )
 _MAX_NAME_BYTES = 200
+_MAX_ENTRIES = 10_000
 
 
 def plain_name_fault(name: str) -> str | None:
@@ -90,20 +91,34 @@ def resolve_inside(folder: Path, name: str) -> Path:
 
 
 def check_links(folder: Path) -> None:
-    """Refuse a model folder whose entries lead out of it.
+    """Refuse a model folder in which an entry, at any depth, leads out of it.
 
-    Only the folder's own entries are looked at: deeper files are opened by name, and
-    `resolve_inside` then checks every part of that name.
+    Hidden folders (``.git``, ``.cache``) are passed over: phirt reads nothing in them.
 
     Args:
         folder: The model folder.
 
     Raises:
-        UnsafeModelError: An entry is a link that leads out of the folder.
+        UnsafeModelError: An entry is a link that leads out of the folder, or there are more
+            entries than a model has.
     """
-    for entry in sorted(folder.iterdir()):
-        if entry.is_symlink() or entry.resolve().parent != folder.resolve():
-            resolve_inside(folder, entry.name)
+    seen = 0
+    root = folder.resolve()
+    pending = [("", root)]
+    while pending:
+        prefix, place = pending.pop()
+        for entry in sorted(place.iterdir()):
+            seen += 1
+            if seen > _MAX_ENTRIES:
+                raise UnsafeModelError(
+                    f"{folder} has more than {_MAX_ENTRIES:,} files, which no model has. Name "
+                    "the model's own folder."
+                )
+            real = entry.resolve()
+            if real != place / entry.name:  # a link, or a junction of Windows
+                resolve_inside(folder, prefix + entry.name)
+            elif real.is_dir() and not entry.name.startswith("."):
+                pending.append((f"{prefix}{entry.name}/", real))
 
 
 def _allowed_roots(root: Path) -> list[Path]:

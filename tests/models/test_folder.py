@@ -104,7 +104,7 @@ def test_a_folder_without_a_tokenizer_configuration(folder):
 @pytest.mark.parametrize(
     ("missing", "message"),
     [
-        ("genai_config.json", "lacks genai_config.json; it holds chat_template.jinja, model.onnx"),
+        ("genai_config.json", "not a model folder: it holds chat_template.jinja, model.onnx"),
         ("model.onnx", "lacks model.onnx, the graph"),
         ("tokenizer.json", "lacks tokenizer.json, the tokenizer"),
     ],
@@ -113,9 +113,7 @@ def test_what_is_missing_is_named_with_the_layouts_that_are_read(folder, missing
     (folder / missing).unlink()
     with pytest.raises(ModelNotFoundError, match=message) as caught:
         read_folder(folder)
-    assert "phirt reads a genai folder (one with genai_config.json), or a .gguf" in str(
-        caught.value
-    )
+    assert "phirt reads folders with genai_config.json, openvino_model.xml" in str(caught.value)
 
 
 def test_a_folder_that_is_not_there_or_is_a_file(folder):
