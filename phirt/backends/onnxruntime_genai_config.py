@@ -1,0 +1,317 @@
+"""The configuration that onnxruntime-genai is given: phirt's own, never the folder's.
+
+A genai_config.json can name native libraries, files to write, provider options and rules of
+generation, in several places and more with every version. So none of it is passed on. A new
+one is written from the facts that phirt has checked, into a folder of its own, and the graph
+is handed over in memory beside it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import mmap
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from phirt.devices.names import DeviceName
+from phirt.errors import BackendBrokenError
+from phirt.models.genai_config import GENAI_CONFIG_NAME, DecoderSpec
+from phirt.protocols import LoadOptions
+
+__all__ = ["PROVIDERS", "Provider", "Settings", "choose_provider", "last_token", "open_config"]
+
+_EXTRA_KEYS = ("append_once", "provider", "provider_options", "session_options")
+
+# genai treats these two in ways of its own. Positions of padding are left out of attention,
+# and trailing padding even of "the last position's logits": phirt pads nothing, and many
+# models use their end-of-turn token as padding, so no token may be it.
+_NO_PADDING = -1
+# A plain decoder graph. Under the type "phi3" genai would prefill once more, by itself, at
+# 4,097 tokens (LongRoPE); phirt's loop does that where the model's own boundary is.
+_TYPE = "decoder"
+
+
+@dataclass(frozen=True, slots=True)
+class Provider:
+    """An execution provider, as genai and as onnxruntime name it.
+
+    Attributes:
+        name: genai's name.
+        execution_provider: onnxruntime's name.
+        build: How the distribution of genai that has it inside ends, where not every one has.
+        plugin: The package that brings it, where it is a plugin.
+        index_option: Its option for the device's index, or None where it has none.
+        options: Options that phirt sets.
+    """
+
+    name: str
+    execution_provider: str
+    build: str = ""
+    plugin: str | None = None
+    index_option: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def is_installed(self, og: Any) -> bool:
+        """Whether genai's build has it, and its plugin is there.
+
+        genai's own ``is_cuda_available`` and the like are constants of the build, and those
+        of webgpu, qnn and openvino are always true.
+        """
+        if not getattr(og, "__id__", "").endswith(self.build):
+            return False
+        return self.plugin is None or importlib.util.find_spec(self.plugin) is not None
+
+
+_CPU = Provider("CPU", "CPUExecutionProvider")
+_OPENVINO = Provider("OpenVINO", "OpenVINOExecutionProvider", plugin="onnxruntime_ep_openvino")
+_OPENVINO_DEVICES = {"openvino-cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
+
+PROVIDERS: Mapping[str, tuple[Provider, ...]] = {
+    "cpu": (_CPU,),
+    "cuda": (Provider("cuda", "CUDAExecutionProvider", build="-cuda", index_option="device_id"),),
+    "directml": (
+        Provider(
+            "DML",
+            "DmlExecutionProvider",
+            build="-directml",
+            index_option="device_index",
+            # Replaying captured commands computes wrong logits on some drivers, says genai's
+            # own source.
+            options={"enable_graph_capture": "0"},
+        ),
+    ),
+    "webgpu": (Provider("WebGPU", "WebGpuExecutionProvider", plugin="onnxruntime_ep_webgpu"),),
+    "tensorrt-rtx": (
+        Provider(
+            "NvTensorRtRtx",
+            "NvTensorRTRTXExecutionProvider",
+            build="-cuda",
+            plugin="onnxruntime_ep_nv_tensorrt_rtx",
+            index_option="device_id",
+        ),
+    ),
+    "openvino-cpu": (_OPENVINO,),
+    "gpu": (_OPENVINO,),
+    "npu": (Provider("QNN", "QNNExecutionProvider", plugin="onnxruntime_qnn"), _OPENVINO),
+}
+"""Kinds of devices, and the providers that can drive each, preferred first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`LoadOptions.extra`, checked.
+
+    Attributes:
+        append_once: Prefill once and feed every later token through the logits, the only way
+            that DirectML has; None for what the device needs.
+        provider: genai's name of the provider, or None for the device's own.
+        provider_options: Its options, by its own names.
+        session_options: Entries of ``session_options`` in genai_config.json.
+    """
+
+    append_once: bool | None = None
+    provider: str | None = None
+    provider_options: Mapping[str, str] = field(default_factory=dict)
+    session_options: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, extra: Mapping[str, Any]) -> Settings:
+        """Check the keys of `LoadOptions.extra`.
+
+        Raises:
+            ValueError: One of them is unknown.
+        """
+        unknown = sorted(extra.keys() - set(_EXTRA_KEYS))
+        if unknown:
+            raise ValueError(
+                f"Backend 'onnxruntime-genai' has no setting {', '.join(map(repr, unknown))}; "
+                f"it has {', '.join(map(repr, _EXTRA_KEYS))}."
+            )
+        return cls(**extra)
+
+
+def choose_provider(og: Any, device: DeviceName, settings: Settings) -> Provider:
+    """The provider that drives a device here.
+
+    Args:
+        og: The module.
+        device: The device.
+        settings: May name another provider than the device's first.
+
+    Raises:
+        ValueError: The settings name one that does not drive this kind of device.
+    """
+    candidates = PROVIDERS[device.kind]
+    if settings.provider is None:
+        return next((p for p in candidates if p.is_installed(og)), candidates[0])
+    for provider in candidates:
+        if provider.name.lower() == settings.provider.lower():
+            return provider
+    names = ", ".join(repr(provider.name) for provider in candidates)
+    raise ValueError(f"provider={settings.provider!r} does not drive '{device}'; it has {names}.")
+
+
+def last_token(spec: DecoderSpec) -> int:
+    """The one token behind which genai chooses no other; it insists on having one."""
+    return min(spec.eos_token_ids, default=0)
+
+
+@contextmanager
+def open_config(
+    og: Any,
+    spec: DecoderSpec,
+    model_path: Path,
+    *,
+    device: DeviceName,
+    provider: Provider,
+    options: LoadOptions,
+) -> Iterator[Any]:
+    """An ``og.Config`` for a graph that phirt has checked, to make an ``og.Model`` from.
+
+    Args:
+        og: The module.
+        spec: The graph's inputs, outputs and sizes.
+        model_path: The graph; it and its weights are all that is opened of the folder.
+        device: What to run on.
+        provider: What drives it.
+        options: Threads, spinning and extra settings.
+    """
+    if provider.plugin is not None:
+        _register_plugin(og, provider, provider.plugin)
+    data_folder = model_path.parent.resolve()
+    with _folder_near(data_folder) as scratch:
+        document = _document(spec, device, provider, options)
+        document["model"]["decoder"]["session_options"] |= {
+            # Relative, since genai takes a path for one inside the folder of its configuration.
+            "session.model_external_initializers_file_folder_path": os.path.relpath(
+                data_folder, scratch
+            )
+        }
+        # genai's parser knows no \u escapes.
+        text = json.dumps(document, ensure_ascii=False)
+        (scratch / GENAI_CONFIG_NAME).write_text(text, encoding="utf-8")
+        config = og.Config(os.fspath(scratch))
+        with (
+            model_path.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as graph,
+        ):
+            # The configuration keeps the address only: the mapping must outlive the load.
+            config.add_model_data(spec.filename, graph)
+            yield config
+
+
+@contextmanager
+def _folder_near(data_folder: Path) -> Iterator[Path]:
+    """A temporary folder from which a relative path leads to another one."""
+    parent = None
+    if Path(tempfile.gettempdir()).resolve().drive != data_folder.drive:
+        parent = data_folder.parent  # On Windows no relative path leads to another drive.
+    with tempfile.TemporaryDirectory(
+        prefix="phirt-genai-", dir=parent, ignore_cleanup_errors=True
+    ) as name:
+        yield Path(name).resolve()
+
+
+def _document(
+    spec: DecoderSpec, device: DeviceName, provider: Provider, options: LoadOptions
+) -> dict[str, Any]:
+    """genai_config.json, from facts only."""
+    settings = Settings.read(options.extra)
+    inputs = {
+        "input_ids": spec.input_ids,
+        "attention_mask": spec.attention_mask,
+        "past_key_names": spec.past_key_names,
+        "past_value_names": spec.past_value_names,
+    }
+    if spec.position_ids is not None:
+        inputs["position_ids"] = spec.position_ids
+    decoder = {
+        "session_options": {
+            # Errors reach the caller as exceptions; a library does not write to stderr as well.
+            "log_severity_level": 4,
+            "provider_options": _provider_options(device, provider, settings),
+            **_threading(options),
+            **settings.session_options,
+        },
+        "filename": spec.filename,
+        "head_size": spec.head_size,
+        "num_attention_heads": spec.num_heads or spec.num_kv_heads,
+        "num_hidden_layers": spec.num_layers,
+        "num_key_value_heads": spec.num_kv_heads,
+        "inputs": inputs,
+        "outputs": {
+            "logits": spec.logits,
+            "present_key_names": spec.present_key_names,
+            "present_value_names": spec.present_value_names,
+        },
+    }
+    return {
+        "model": {
+            "type": _TYPE,
+            "vocab_size": spec.vocab_size,
+            "context_length": spec.context_length,
+            "pad_token_id": _NO_PADDING,
+            "eos_token_id": [last_token(spec)],
+            "decoder": decoder,
+        },
+        "search": {
+            "past_present_share_buffer": bool(spec.search.get("past_present_share_buffer", False))
+        },
+    }
+
+
+def _threading(options: LoadOptions) -> dict[str, Any]:
+    entries: dict[str, Any] = {}
+    if options.threads is not None:
+        entries["intra_op_num_threads"] = options.threads
+    if options.spinning is not None:
+        entries["session.intra_op.allow_spinning"] = "1" if options.spinning else "0"
+    return entries
+
+
+def _provider_options(
+    device: DeviceName, provider: Provider, settings: Settings
+) -> list[dict[str, Any]]:
+    if provider is _CPU:
+        return []
+    entries: dict[str, Any] = dict(provider.options)
+    if provider is _OPENVINO:
+        name = _OPENVINO_DEVICES[device.kind]
+        entries["device_type"] = name if device.index is None else f"{name}.{device.index}"
+    elif provider.index_option is not None and device.index is not None:
+        entries[provider.index_option] = str(device.index)
+    entries |= {key: str(value) for key, value in settings.provider_options.items()}
+    return [{provider.name: entries}]
+
+
+_registered: set[str] = set()
+_registering = threading.Lock()
+
+
+def _register_plugin(og: Any, provider: Provider, module: str) -> None:
+    """Tell genai's onnxruntime where a plugin's library is, once in a process.
+
+    Raises:
+        BackendBrokenError: The plugin is not there, or does not load.
+    """
+    with _registering:
+        if provider.name in _registered or not provider.is_installed(og):
+            return  # It may be inside the installed onnxruntime; the load will tell.
+        try:
+            plugin = importlib.import_module(module)
+            og.register_execution_provider_library(module, plugin.get_library_path())
+        except Exception as error:
+            raise BackendBrokenError(
+                f"Backend 'onnxruntime-genai': the plugin {module!r} is installed, but does not "
+                f"load: {error}. Reinstall it with: "
+                f"python -m pip install --force-reinstall {module.replace('_', '-')}"
+            ) from error
+        _registered.add(provider.name)
