@@ -13,6 +13,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,7 @@ def load_network(
         )
     if report["unexpected_keys"]:
         _logger.warning("%s: tensors not used: %s", folder, sorted(report["unexpected_keys"]))
+    _mend_phimoe(network)
     return network
 
 
@@ -275,6 +277,21 @@ def _fill(
             f"The weights do not have the shapes that config.json asks for: {_first_line(error)}"
         ) from error
     return network, report
+
+
+def _mend_phimoe(network: Any) -> None:
+    """Let Phi-3.5-MoE use LongRoPE's long factors beyond the boundary.
+
+    transformers 5.23 computes both sets and chooses, then makes the short ones anew and uses
+    those at every length, with the scale that belongs to the chosen ones.
+    """
+    for module in network.modules():
+        if type(module).__name__ == "PhimoeRotaryEmbedding" and module.rope_type == "longrope":
+            module.rope_init_fn = partial(_chosen_frequencies, module)
+
+
+def _chosen_frequencies(rotary: Any, _config: object) -> tuple[Any, Any]:
+    return rotary.inv_freq, rotary.attention_scaling
 
 
 def _first_line(error: Exception) -> str:

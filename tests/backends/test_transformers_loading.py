@@ -1,0 +1,236 @@
+"""What the transformers backend needs, where it loads, and what of a folder it will not touch."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phirt.backends.transformers import TransformersBackend
+from phirt.errors import (
+    BackendBrokenError,
+    BackendNotInstalledError,
+    BackendRuntimeError,
+    DeviceNotAvailableError,
+    DevicePlacementError,
+    ModelFormatError,
+    SessionClosedError,
+    UnsupportedModelError,
+)
+from phirt.models.folder import read_folder
+from phirt.protocols import Accept, LoadOptions, Reject
+from phirt.testing import write_tiny_checkpoint
+from tests.backends.transformers_models import artifact_of, edit_config, load, oracle
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.oracle
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A llama of its own, for a test that spoils it."""
+    return write_tiny_checkpoint(tmp_path / "model", "llama")
+
+
+class TestPlacement:
+    def test_is_read_from_the_parameters(self, folder: Path) -> None:
+        llama = load(folder)
+        assert llama.placement().device == llama.placement().provider == "cpu"
+
+    def test_weights_on_two_devices_are_refused(self, folder: Path) -> None:
+        from phirt.backends.transformers_model import TransformersModel
+
+        network = oracle(folder)
+        network.lm_head.to("meta")
+        held = read_folder(folder, formats=("safetensors",))
+        with pytest.raises(DevicePlacementError, match="cpu, meta"):
+            TransformersModel(torch, transformers, network, folder=held, device="cpu", threads=None)
+
+    @pytest.mark.parametrize("device", ["cuda", "cuda:1", "metal", "gpu"])
+    def test_a_device_that_torch_does_not_find_is_an_error(
+        self, folder: Path, device: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for kind in ("cuda", "xpu", "backends.mps"):
+            monkeypatch.setattr(f"torch.{kind}.is_available", lambda: False)
+        with pytest.raises(DeviceNotAvailableError, match=r"offers: cpu\."):
+            TransformersBackend().load(artifact_of(folder), device, LoadOptions())
+
+    @pytest.mark.parametrize("device", ["npu", "directml", "cpu:1"])
+    def test_a_device_that_torch_has_no_name_for_is_rejected(
+        self, folder: Path, device: str
+    ) -> None:
+        artifact = artifact_of(folder)
+        assert isinstance(TransformersBackend().accepts(artifact, device), Reject)
+        assert isinstance(TransformersBackend().accepts(artifact, "cpu"), Accept)
+
+
+class TestInstallation:
+    def test_a_probe_imports_neither_torch_nor_transformers(self) -> None:
+        """Where torch is built for the CPU alone; they take seconds to import."""
+        if torch.version.cuda or torch.version.hip or torch.version.xpu:
+            pytest.skip("this torch is built for an accelerator, which may be here")
+        code = (
+            "import sys; from phirt.backends.transformers import TransformersBackend as B; "
+            "[found] = B().probe(); print(found.device, found.status, found.reason); "
+            "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], check=False, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("cpu found transformers 5.")
+
+    @pytest.mark.parametrize("package", ["torch", "transformers"])
+    def test_a_missing_package_is_named_with_the_extra(
+        self, package: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from importlib import metadata
+
+        def version(name: str) -> str:
+            if name == package:
+                raise metadata.PackageNotFoundError(name)
+            return "5.23.0"
+
+        monkeypatch.setattr(metadata, "version", version)
+        [found] = TransformersBackend().probe()
+        assert found.status == "missing"
+        with pytest.raises(BackendNotInstalledError, match=rf"'{package}'.*phirt\[torch\]"):
+            load(folder)
+
+    def test_an_old_transformers_is_named_with_the_command(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("importlib.metadata.version", lambda _: "5.22.1")
+        [found] = TransformersBackend().probe()
+        assert found.status == "broken"
+        with pytest.raises(BackendBrokenError, match=r'pip install "transformers>=5.23"'):
+            load(folder)
+
+    def test_an_unknown_setting_is_refused(self, folder: Path) -> None:
+        for extra in ({"attn_implementation": "someone/kernel"}, {"trust_remote_code": True}):
+            with pytest.raises(ValueError, match="has no setting"):
+                load(folder, extra=extra)
+
+    def test_its_settings_are_honoured(self, folder: Path) -> None:
+        extra = {"attn_implementation": "eager", "dtype": "bfloat16"}
+        model: Any = load(folder, extra=extra)
+        assert model.network.config._attn_implementation == "eager"
+        assert model.network.dtype == torch.bfloat16
+
+
+class TestTheFolderIsData:
+    def test_m2_no_code_of_the_folder_runs(
+        self, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        planted = folder / "ran"
+        code = f"open({str(planted)!r}, 'w')\n"
+        (folder / "custom_generate").mkdir()
+        for name in ("modeling.py", "configuration.py", "custom_generate/generate.py"):
+            (folder / name).write_text(code)
+        (folder / "generation_config.json").write_text(
+            json.dumps({"eos_token_id": 319, "custom_generate": "custom_generate", "seed": "x"})
+        )
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps(
+                {
+                    "tokenizer_class": "Planted",
+                    "auto_map": {"AutoTokenizer": ["modeling.Planted", None]},
+                }
+            )
+        )
+        edit_config(
+            folder,
+            auto_map={
+                "AutoConfig": "configuration.Planted",
+                "AutoModelForCausalLM": "modeling.Planted",
+            },
+            attn_implementation="someone/kernel",
+            _attn_implementation="someone/kernel",
+            experts_implementation="someone/kernel",
+            transformers_weights="planted.bin",
+            fusion_config={"planted": True},
+            use_kernels=True,
+        )
+        monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("went online"))
+        model: Any = load(folder)
+        model.new_session(max_length=8, expected_length=8).prefill([1, 2])
+        assert not planted.exists()
+        assert not [name for name in sys.modules if name.startswith("transformers_modules")]
+        assert model.network.config._attn_implementation == "sdpa"
+        assert capfd.readouterr() == ("", "")
+
+    def test_m3_a_pickle_beside_the_safetensors_is_not_opened(self, folder: Path) -> None:
+        (folder / "pytorch_model.bin").write_bytes(b"not even a pickle")
+        load(folder).close()
+
+    @pytest.mark.parametrize(
+        ("change", "reason"),
+        [
+            ({"quantization_config": {"quant_method": "planted"}}, "quantized"),
+            ({"architectures": ["LlamaForTokenClassification"]}, "no causal language model"),
+            ({"is_encoder_decoder": True}, "encoder"),
+        ],
+    )
+    def test_what_is_no_plain_decoder_is_rejected(
+        self, folder: Path, change: dict[str, Any], reason: str
+    ) -> None:
+        artifact = artifact_of(folder)
+        edit_config(folder, **change)
+        verdict = TransformersBackend().accepts(artifact, "cpu")
+        assert isinstance(verdict, Reject)
+        assert reason in verdict.reason
+        with pytest.raises(UnsupportedModelError, match=reason):
+            TransformersBackend().load(artifact, "cpu", LoadOptions())
+
+    def test_an_adapter_is_rejected(self, folder: Path) -> None:
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/else"}')
+        with pytest.raises(UnsupportedModelError, match="PEFT adapter"):
+            load(folder)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"hidden_size": 128},
+            {"num_hidden_layers": 3},
+            {"num_hidden_layers": 1000},
+            {"vocab_size": 10**6},
+            {"n_experts": 10**12},
+            {"rope_scaling": {"rope_type": "planted"}},
+        ],
+    )
+    def test_m12_a_configuration_that_the_weights_contradict(
+        self, folder: Path, change: dict[str, Any]
+    ) -> None:
+        with pytest.raises(ModelFormatError, match=r"config\.json"):
+            load(edit_config(folder, **change))
+
+    def test_a_recurrent_architecture_is_refused(self, folder: Path) -> None:
+        change = {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}
+        with pytest.raises(UnsupportedModelError, match="linear_attention"):
+            load(edit_config(folder, **change))
+
+    def test_an_unknown_architecture_is_refused(self, folder: Path) -> None:
+        with pytest.raises(UnsupportedModelError, match="knows no architecture 'planted'"):
+            load(edit_config(folder, model_type="planted"))
+
+    def test_transformers_logging_is_as_it_was(self, folder: Path) -> None:
+        settings = transformers.utils.logging
+        before = settings.get_verbosity(), settings.is_progress_bar_enabled()
+        load(folder)
+        assert (settings.get_verbosity(), settings.is_progress_bar_enabled()) == before
+
+    def test_a_failing_forward_is_a_typed_error(self, folder: Path) -> None:
+        model: Any = load(folder)
+        session = model.new_session(max_length=8, expected_length=8)
+        del model.network.model.norm
+        with pytest.raises(BackendRuntimeError, match="AttributeError"):
+            session.prefill([1])
+        with pytest.raises(SessionClosedError):
+            session.prefill([1])
