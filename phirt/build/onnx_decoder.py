@@ -5,6 +5,12 @@ Inputs and outputs follow onnxruntime-genai's Model Builder: ``input_ids`` and
 and ``.value`` out, and ``logits``. One input is added, ``num_logits_to_keep``: from how many
 of the last positions logits are made. It is optional (an initializer of the same name holds
 the default, 1), because logits of every position of a long prompt would take gigabytes.
+
+onnxruntime-genai 0.18 knows the six architectures by the same names (``model.type`` in its
+configuration) and needs no further key for any. ``sliding_window`` stays out of it: the graph
+masks windows itself, on a cache that keeps every position. LongRoPE is in the graph too, but a
+sequence that crosses the boundary needs a new prefill, which genai itself makes for phi3 alone,
+at 4,097 tokens.
 """
 
 from __future__ import annotations
@@ -24,16 +30,9 @@ from phirt.build.onnx_rope import table_rows
 from phirt.build.precision import Precision, check_precision
 from phirt.errors import UnsupportedModelError
 from phirt.models.decoder_config import DecoderConfig
+from phirt.models.huggingface_config import DECODER_ARCHITECTURES
 
-__all__ = ["ARCHITECTURES", "write_decoder"]
-
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text")
-"""Decoders that `write_decoder` writes, by `DecoderConfig.architecture`.
-
-onnxruntime-genai 0.18 knows each under the same name (``model.type`` in genai_config.json) and
-needs no further key for any of them; ``sliding_window`` stays out, for the graph masks its
-windows itself, on a cache that keeps every position.
-"""
+__all__ = ["write_decoder"]
 
 _INT64_MAX = np.iinfo(np.int64).max
 
@@ -69,10 +68,10 @@ def write_decoder(checkpoint: Checkpoint, model_path: Path, *, precision: Precis
 
 
 def _check_supported(config: DecoderConfig) -> None:
-    if config.architecture not in ARCHITECTURES:
+    if config.architecture not in DECODER_ARCHITECTURES:
         raise UnsupportedModelError(
-            f"phirt writes decoders of the architectures {', '.join(ARCHITECTURES)}; this is "
-            f"{config.architecture!r}."
+            f"phirt writes decoders of the architectures {', '.join(DECODER_ARCHITECTURES)}; this "
+            f"is {config.architecture!r}."
         )
     elements = {
         "embedding": config.vocab_size * config.hidden_size,

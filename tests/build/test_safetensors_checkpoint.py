@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from phirt.build.onnx_decoder import ARCHITECTURES
 from phirt.build.safetensors_checkpoint import SafetensorsCheckpoint
 from phirt.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from phirt.models.huggingface_config import DECODER_ARCHITECTURES
 from phirt.testing import write_tiny_checkpoint
 
 NORM = "model.norm.weight"
@@ -92,7 +92,7 @@ def refused(folder: Path, error: type[Exception], match: str) -> None:
 
 
 class TestTensors:
-    @pytest.mark.parametrize("folder", ARCHITECTURES, indirect=True)
+    @pytest.mark.parametrize("folder", DECODER_ARCHITECTURES, indirect=True)
     def test_every_weight_is_there_once_and_unchanged(self, folder):
         stored = read_tensors(folder)
         with SafetensorsCheckpoint(folder) as checkpoint:

@@ -12,9 +12,10 @@ import numpy as np
 import onnx
 import pytest
 
-from phirt.build.onnx_decoder import ARCHITECTURES, write_decoder
+from phirt.build.onnx_decoder import write_decoder
 from phirt.build.precision import Precision
 from phirt.build.safetensors_checkpoint import SafetensorsCheckpoint
+from phirt.models.huggingface_config import DECODER_ARCHITECTURES
 from phirt.models.onnx_safety import check_onnx_files
 from phirt.testing import write_tiny_checkpoint
 from phirt.types import FloatArray
@@ -39,7 +40,7 @@ class Case:
         return transformers_logits(self.model, TOKENS[:length])
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=DECODER_ARCHITECTURES)
 def case(request, tmp_path_factory):
     return tiny_case(tmp_path_factory.mktemp(request.param), request.param)
 

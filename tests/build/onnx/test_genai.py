@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from phirt.build.onnx_decoder import ARCHITECTURES, write_decoder
+from phirt.build.onnx_decoder import write_decoder
 from phirt.build.precision import Precision
 from phirt.build.safetensors_checkpoint import SafetensorsCheckpoint
 from phirt.models.decoder_config import DecoderConfig
+from phirt.models.huggingface_config import DECODER_ARCHITECTURES
 from phirt.testing import write_tiny_checkpoint
 from tests.build.onnx.runtime import OnnxDecoder
 
@@ -20,7 +21,7 @@ genai = pytest.importorskip("onnxruntime_genai")
 TOKENS = [int(i) for i in np.random.default_rng(5).integers(0, 320, 60)]
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=DECODER_ARCHITECTURES)
 def folder(request, tmp_path_factory):
     """A graph and the least that genai wants to know about it."""
     folder = tmp_path_factory.mktemp(request.param)
