@@ -1,0 +1,264 @@
+"""OpenVINO, driven directly: stateful graphs, one infer request a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+from phirt.backends.base import BaseModel
+from phirt.backends.execution import Parallel
+from phirt.backends.openvino_cache import cache_key, checked_cache
+from phirt.backends.openvino_graph import DecoderGraph, describe, keep_last_logits
+from phirt.backends.openvino_runtime import EXTRA, NAME, first_line, import_openvino, translate
+from phirt.backends.openvino_session import OpenVinoSession
+from phirt.devices.names import DeviceName
+from phirt.errors import (
+    BackendBrokenError,
+    BackendNotInstalledError,
+    DeviceNotAvailableError,
+    DevicePlacementError,
+    ModelFormatError,
+    OutOfMemoryError,
+)
+from phirt.models.folder import ModelFolder, read_folder
+from phirt.models.real_files import real_folder
+from phirt.models.store import Store
+from phirt.protocols import (
+    Accept,
+    Availability,
+    Capabilities,
+    Lack,
+    LoadOptions,
+    ModelInfo,
+    Placement,
+    Reject,
+)
+from phirt.types import Artifact
+
+__all__ = ["OpenVinoBackend"]
+
+_FORMAT = "openvino"
+_GRAPH = "openvino_model.xml"
+# phirt's names of devices, and OpenVINO's.
+_KINDS = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU", "openvino-auto": "AUTO"}
+
+# Left alone, the CPU plugin computes in bfloat16 where the processor can, and keeps keys and
+# values in 8 bits: a KL of its own, which docs/backends/openvino.md has, and on the machine
+# that it was measured on no gain in decoding.
+_CPU_PROPERTIES = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+
+
+class OpenVinoBackend:
+    """Adapter to OpenVINO's ``CompiledModel``."""
+
+    name: ClassVar[str] = NAME
+    formats: ClassVar[tuple[str, ...]] = (_FORMAT,)
+
+    def probe(self) -> list[Availability]:
+        """Which devices OpenVINO's plugins find here."""
+        try:
+            ov = import_openvino()
+        except BackendNotInstalledError as error:
+            return [Availability("cpu", "missing", str(error), f'pip install "phirt[{EXTRA}]"')]
+        except BackendBrokenError as error:
+            return [Availability("cpu", "broken", str(error), None)]
+        try:
+            core = ov.Core()
+            found = {_phirt_name(device): device for device in core.available_devices}
+            return [
+                *(
+                    Availability(name, "found", _describe_device(ov, core, device))
+                    for name, device in found.items()
+                ),
+                Availability("openvino-auto", "found", "OpenVINO chooses among the above"),
+            ]
+        # Plugins load drivers, which fail in ways of their own.
+        except Exception as error:
+            return [Availability("cpu", "broken", f"OpenVINO found: {first_line(error)}")]
+
+    def accepts(self, artifact: Artifact, device: str) -> Accept | Reject:
+        """Accepts folders of OpenVINO IR, on the devices that OpenVINO knows."""
+        kind = DeviceName.parse(device).kind
+        if kind not in _KINDS:
+            return Reject(
+                f"OpenVINO has no device {device!r}", f"Pass one of: {', '.join(_KINDS)}."
+            )
+        if artifact.format != _FORMAT:
+            return Reject(
+                f"OpenVINO reads folders with an openvino_model.xml, not {artifact.format!r}"
+            )
+        return Accept()
+
+    def load(self, artifact: Artifact, device: str, options: LoadOptions) -> OpenVinoModel:
+        """Compile the graph for the device, or take it from the cache in the store.
+
+        ``options.extra`` holds OpenVINO's properties, by OpenVINO's names. ``spinning`` is
+        not one: its threads (oneTBB's) spin as they are built to.
+
+        Raises:
+            BackendNotInstalledError: OpenVINO is not installed.
+            BackendBrokenError: It is installed and does not import.
+            DeviceNotAvailableError: OpenVINO does not find the device.
+            ModelFormatError: The folder's files are damaged.
+            UnsafeModelError: A file reaches outside the folder.
+            UnsupportedModelError: The graph is of a kind that phirt cannot drive.
+            OutOfMemoryError: The weights do not fit.
+            DevicePlacementError: The graph was compiled for another device.
+        """
+        ov = import_openvino()
+        folder = read_folder(artifact.path, name=artifact.name, formats=self.formats)
+        core = ov.Core()
+        target = _find_device(core, device)
+        return OpenVinoModel(ov, core, folder, device=device, target=target, options=options)
+
+
+def _phirt_name(device: str) -> str:
+    kind, _, index = device.partition(".")
+    return kind.lower() + (f":{index}" if index else "")
+
+
+def _describe_device(ov: Any, core: Any, device: str) -> str:
+    return f"OpenVINO {ov.get_version()}: {core.get_property(device, 'FULL_DEVICE_NAME')}"
+
+
+def _find_device(core: Any, device: str) -> str:
+    """OpenVINO's name of a device that is here."""
+    name = DeviceName.parse(device)
+    found = [_phirt_name(each) for each in core.available_devices]
+    target = _KINDS.get(name.kind)
+    if target is None or (target != "AUTO" and not name.is_one_of(found)):
+        raise DeviceNotAvailableError(
+            f"Device {device!r} is not available to backend {NAME!r}, which finds: "
+            f"{', '.join(found)}, and openvino-auto, which chooses among them. Pass one of these."
+        )
+    return target if name.index is None else f"{target}.{name.index}"
+
+
+class OpenVinoModel(BaseModel):
+    """A decoder graph, compiled."""
+
+    def __init__(
+        self,
+        ov: Any,
+        core: Any,
+        folder: ModelFolder,
+        *,
+        device: str,
+        target: str,
+        options: LoadOptions,
+    ) -> None:
+        self._ov = ov
+        path = _graph_path(folder)
+        model = _read(core, path)
+        keep_last_logits(model, str(path))
+        self.graph = describe(model, str(path))
+        properties = _properties(target, options)
+        key = cache_key(path, folder.artifact.weights_id, ov.get_version(), target)
+        with _cached(key, properties) as cached:
+            self.compiled = _compile(core, model, target, cached, path)
+        self._placement = _read_placement(self.compiled, device, target)
+        facts = folder.facts
+        super().__init__(
+            info=ModelInfo(
+                vocab_size=facts.vocab_size,
+                context_length=facts.context_length,
+                eos_token_ids=frozenset(facts.eos_token_ids),
+                weights_id=folder.artifact.weights_id,
+                rope_boundary=facts.rope_boundary,
+                window=facts.window,
+            ),
+            capabilities=_capabilities(self.graph),
+            execution=Parallel(),
+            native=self.compiled,
+        )
+
+    def placement(self) -> Placement:
+        """The devices that OpenVINO says the compiled model executes on."""
+        return self._placement
+
+    def _new_session(self, *, max_length: int, expected_length: int) -> OpenVinoSession:
+        try:
+            request = self.compiled.create_infer_request()
+        except Exception as error:
+            raise translate(error, "starting a session") from error
+        return OpenVinoSession(
+            self,
+            self._ov,
+            request,
+            self.graph,
+            max_length=max_length,
+            expected_length=expected_length,
+        )
+
+    def _unload(self) -> None:
+        self.compiled = None
+
+
+def _graph_path(folder: ModelFolder) -> Path:
+    # OpenVINO does not follow links, which a Hugging Face cache is made of.
+    return real_folder(folder.artifact.path) / _GRAPH
+
+
+def _read(core: Any, path: Path) -> Any:
+    try:
+        return core.read_model(os.fspath(path))
+    except Exception as error:
+        translated = translate(error, f"reading {path}")
+        if isinstance(translated, OutOfMemoryError):
+            raise translated from error
+        raise ModelFormatError(
+            f"OpenVINO cannot read {path}: {first_line(error)}. Fetch or export the model again."
+        ) from error
+
+
+def _properties(target: str, options: LoadOptions) -> dict[str, Any]:
+    properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    if target == "CPU":
+        properties |= _CPU_PROPERTIES
+    if options.threads is not None:
+        properties["INFERENCE_NUM_THREADS"] = options.threads
+    return properties | dict(options.extra)
+
+
+@contextmanager
+def _cached(key: str, properties: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The properties, with a folder for compiled models unless the caller named one."""
+    if "CACHE_DIR" in properties:
+        yield properties
+        return
+    with checked_cache(Store().root / "openvino" / key) as folder:
+        yield properties if folder is None else properties | {"CACHE_DIR": os.fspath(folder)}
+
+
+def _compile(core: Any, model: Any, target: str, properties: Mapping[str, Any], path: Path) -> Any:
+    try:
+        return core.compile_model(model, target, dict(properties))
+    except Exception as error:
+        raise translate(error, f"compiling {path} for {target}") from error
+
+
+def _read_placement(compiled: Any, device: str, target: str) -> Placement:
+    devices = [name.strip("()") for name in compiled.get_property("EXECUTION_DEVICES")]
+    kind = target.partition(".")[0]
+    if kind != "AUTO" and any(name.partition(".")[0] != kind for name in devices):
+        raise DevicePlacementError(
+            f"Device {device!r} was asked for, and OpenVINO executes on {', '.join(devices)}."
+        )
+    names = {_phirt_name(name) for name in devices}
+    actual = device if kind != "AUTO" else "+".join(sorted(names))
+    return Placement(device=actual, provider=", ".join(devices))
+
+
+def _capabilities(graph: DecoderGraph) -> Capabilities:
+    lacks = {
+        "batch": Lack("not yet", "phirt gives each sequence an infer request of its own so far"),
+        "topk": Lack("not yet", "the logits are in host memory on the CPU"),
+    }
+    if not graph.cache:
+        reason = "the graph's states are not keys and values by position"
+        lacks |= {"truncate": Lack("never", reason), "kv": Lack("never", reason)}
+    plain = bool(graph.cache)
+    return Capabilities(truncate=plain, kv=plain, verify=True, interrupt=True, lacks=lacks)

@@ -1,0 +1,152 @@
+"""A session on OpenVINO: an infer request, whose states are the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from phirt.backends.base import BaseModel, BaseSession, HostLogits
+from phirt.backends.openvino_graph import KEEP_INPUT, DecoderGraph, State
+from phirt.backends.openvino_runtime import translate
+from phirt.protocols import KVCache, KVLayer, Logits
+from phirt.types import FloatArray
+
+__all__ = ["OpenVinoSession"]
+
+_BUCKET = 256  # tokens; the attention mask is allocated in multiples of it
+
+
+class OpenVinoSession(BaseSession):
+    """One sequence.
+
+    Args:
+        model: The model that it is of.
+        ov: The module ``openvino``.
+        request: An infer request of its own.
+        graph: What the request's graph takes and holds.
+        max_length: The most tokens that it may hold.
+        expected_length: Tokens to allocate for now.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel,
+        ov: Any,
+        request: Any,
+        graph: DecoderGraph,
+        *,
+        max_length: int,
+        expected_length: int,
+    ) -> None:
+        super().__init__(model, max_length=max_length)
+        self._ov = ov
+        self._request = request
+        self._graph = graph
+        # OpenVINO reads inputs where they lie, and does not keep them alive.
+        self._inputs: dict[str, Any] = {}
+        self._mask = np.ones((1, 0), np.int64)
+        self._reserve(min(expected_length, max_length))
+        # Bound once, and changed in place from step to step.
+        self._token = np.zeros((1, 1), np.int64)
+        self._position = np.zeros((1, 1), np.int64)
+        self._keep = np.ones(1, np.int64)
+        self._beam = np.zeros(1, np.int32)
+        self._bound_one = False
+        self._set("beam_idx", self._beam)
+        self._set(KEEP_INPUT, self._keep)
+
+    def _append(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
+        count, total = len(token_ids), self._length + len(token_ids)
+        try:
+            self._bind(token_ids)
+            self._keep[0] = count if every_position else 1
+            self._request.start_async()
+            if self._state == "interrupted":  # between the checks and the start
+                self._request.cancel()
+            self._request.wait()
+            logits = self._request.get_tensor("logits").data
+        except Exception as error:
+            raise translate(error, f"running {count} tokens up to position {total}") from error
+        rows = logits[0] if every_position else logits[0, -1:]
+        return HostLogits(rows.astype(np.float32, copy=False))
+
+    def _bind(self, token_ids: Sequence[int]) -> None:
+        count, total = len(token_ids), self._length + len(token_ids)
+        self._reserve(total)
+        self._set("attention_mask", self._mask[:, :total])
+        if count > 1:
+            self._set("input_ids", np.array(token_ids, np.int64)[None])
+            self._set("position_ids", np.arange(self._length, total, dtype=np.int64)[None])
+        else:
+            self._token[0, 0] = token_ids[0]
+            self._position[0, 0] = self._length
+            if not self._bound_one:
+                self._set("input_ids", self._token)
+                self._set("position_ids", self._position)
+        self._bound_one = count == 1
+
+    def _set(self, name: str, array: Any) -> None:
+        if name in self._graph.inputs:
+            self._request.set_tensor(name, self._ov.Tensor(array, shared_memory=True))
+            self._inputs[name] = array
+
+    def _reserve(self, length: int) -> None:
+        if self._mask.shape[1] < length:
+            self._mask = np.ones((1, -(-length // _BUCKET) * _BUCKET), np.int64)
+
+    def _truncate(self, length: int) -> None:
+        try:
+            if length == 0:
+                self._request.reset_state()
+                return
+            for state in self._named_states().values():
+                kept = np.ascontiguousarray(state.state.data[:, :, :length])
+                state.state = self._ov.Tensor(kept)
+        except Exception as error:
+            self._state = "failed"
+            raise translate(error, f"going back to {length} tokens") from error
+
+    def _export_kv(self) -> list[KVLayer]:
+        states = self._named_states()
+
+        def read(state: State) -> FloatArray:
+            return np.array(states[state.name].state.data[0], np.float32)
+
+        try:
+            return [KVLayer(0, read(key), read(value)) for key, value in self._graph.cache]
+        except Exception as error:
+            raise translate(error, f"copying a cache of {self._length} tokens") from error
+
+    def _import_kv(self, cache: KVCache) -> None:
+        values: dict[str, FloatArray] = {}
+        if cache.length and len(cache.layers) != len(self._graph.cache):
+            raise ValueError(
+                f"The cache has {len(cache.layers)} layers; the model has {len(self._graph.cache)}."
+            )
+        for layer, (key, value) in zip(cache.layers, self._graph.cache, strict=False):
+            for state, array in ((key, layer.key), (value, layer.value)):
+                wanted = (state.heads, cache.length, state.size)
+                if layer.start != 0 or array.shape != wanted:
+                    raise ValueError(
+                        f"The cache holds {array.shape} from position {layer.start} for "
+                        f"{state.name}; the model needs {wanted} from 0."
+                    )
+                values[state.name] = np.ascontiguousarray(array, np.float32)[None]
+        states = self._named_states() if values else {}
+        try:
+            for name, array in values.items():
+                states[name].state = self._ov.Tensor(array)
+        except Exception as error:
+            raise translate(error, f"taking over a cache of {cache.length} tokens") from error
+
+    def _named_states(self) -> dict[str, Any]:
+        return {state.name: state for state in self._request.query_state()}
+
+    def _interrupt(self) -> None:
+        self._request.cancel()
+
+    def _free(self) -> None:
+        self._request = None  # This waits for a call that an exception left running.
+        self._inputs.clear()
