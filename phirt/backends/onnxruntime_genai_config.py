@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from phirt.devices.names import DeviceName
-from phirt.errors import BackendBrokenError
+from phirt.errors import BackendBrokenError, DeviceNotAvailableError
 from phirt.models.genai_config import GENAI_CONFIG_NAME, DecoderSpec
 from phirt.protocols import LoadOptions
 
@@ -147,9 +147,15 @@ def choose_provider(og: Any, device: DeviceName, settings: Settings) -> Provider
         settings: May name another provider than the device's first.
 
     Raises:
-        ValueError: The settings name one that does not drive this kind of device.
+        DeviceNotAvailableError: genai has none for this kind of device.
+        ValueError: The settings name one that does not drive it.
     """
-    candidates = PROVIDERS[device.kind]
+    candidates = PROVIDERS.get(device.kind)
+    if candidates is None:
+        raise DeviceNotAvailableError(
+            f"Device '{device}' is not available to backend 'onnxruntime-genai', which has "
+            f"execution providers for {', '.join(PROVIDERS)}. Pass one of these."
+        )
     if settings.provider is None:
         return next((p for p in candidates if p.is_installed(og)), candidates[0])
     for provider in candidates:
