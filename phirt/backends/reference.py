@@ -20,6 +20,7 @@ from phirt.backends.reference_weights import read_weights
 from phirt.errors import (
     BackendRuntimeError,
     ContextLengthError,
+    DeviceNotAvailableError,
     ModelError,
     OutOfMemoryError,
     SessionClosedError,
@@ -85,12 +86,16 @@ class ReferenceBackend:
             ValueError: ``options.extra`` is not empty: there is nothing to set.
             ModelFormatError: The folder's files are damaged.
             UnsafeModelError: A file reaches outside the folder.
-            UnsupportedModelError: The decoder is none that phirt knows, or the device is
-                not the CPU.
+            DeviceNotAvailableError: ``device`` is not ``"cpu"``.
+            UnsupportedModelError: The decoder is none that phirt knows.
             OutOfMemoryError: The weights do not fit.
         """
         if options.extra:
             raise ValueError(f"The reference has no settings, and was given {dict(options.extra)}.")
+        if device != "cpu":
+            raise DeviceNotAvailableError(
+                f"The reference runs on the CPU, not on {device!r}. Pass device=\"cpu\"."
+            )
         verdict = self.accepts(artifact, device)
         if isinstance(verdict, Reject):
             raise UnsupportedModelError(f"{artifact.path}: {verdict.reason}")
