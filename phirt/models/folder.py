@@ -216,7 +216,7 @@ def _precision(layout: Layout, config: Mapping[str, Any]) -> str | None:
     """How the weights of a folder made elsewhere are stored, where it says so."""
     if layout.format == "mlx":
         bits = JsonFields(config, source=CONFIG_NAME).value("quantization.bits")
-        return f"int{bits}" if bits in {2, 3, 4, 5, 6, 8} else None
+        return f"int{bits}" if isinstance(bits, int) else None
     if layout.format == "safetensors" and not config.get("quantization_config"):
         return _PRECISIONS.get(str(config.get("dtype") or config.get("torch_dtype")))
     return layout.precision

@@ -18,7 +18,15 @@ from phirt.models.paths import resolve_inside
 from phirt.models.safe_json import read_json
 from phirt.models.safetensors import weight_files
 
-__all__ = ["FORMATS", "LAYOUTS", "Layout", "find_layout", "fingerprint", "held_formats"]
+__all__ = [
+    "FORMATS",
+    "LAYOUTS",
+    "Layout",
+    "find_layout",
+    "fingerprint",
+    "held_formats",
+    "is_pickle",
+]
 
 FORMATS = ("onnx-genai", "openvino", "onnx", "mlx", "safetensors")
 """Every layout (`phirt.types.Artifact.format`), in the order in which a folder is asked for it."""
@@ -111,6 +119,11 @@ def find_layout(folder: Path, formats: Sequence[str]) -> Layout:
     raise _refusal(folder)
 
 
+def is_pickle(name: str) -> bool:
+    """Whether a file of that name is a pickle, which can run any code when it is opened."""
+    return Path(name).suffix.lower() in _PICKLES and not name.startswith("openvino_")
+
+
 def fingerprint(folder: Path, layout: Layout) -> str:
     """Identify the weights of a folder that phirt did not write, without reading them whole.
 
@@ -193,8 +206,8 @@ def _refusal(folder: Path) -> ModelError:
             f"{folder} is not a model folder, but holds {suffixes['.gguf']}: name that file "
             "instead."
         )
-    if ".safetensors" not in suffixes and _PICKLES & suffixes.keys():
-        pickle = suffixes[min(_PICKLES & suffixes.keys())]
+    pickle = next((name for name in names if is_pickle(name)), None)
+    if ".safetensors" not in suffixes and pickle is not None:
         return UnsafeModelError(
             f"{folder} holds its weights as a pickle ({pickle}), which can run any code when it "
             f"is opened, so phirt does not open it. {LAYOUTS}."

@@ -7,11 +7,12 @@ drive, a link) would let a download read or write the user's other files.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from phirt.errors import ModelFormatError, UnsafeModelError
 
-__all__ = ["check_links", "plain_name_fault", "resolve_inside"]
+__all__ = ["check_links", "model_files", "plain_name_fault", "resolve_inside"]
 
 _FAULTS = tuple(
     (re.compile(pattern, re.IGNORECASE | re.DOTALL), fault)
@@ -93,14 +94,31 @@ def resolve_inside(folder: Path, name: str) -> Path:
 def check_links(folder: Path) -> None:
     """Refuse a model folder in which an entry, at any depth, leads out of it.
 
-    Hidden folders (``.git``, ``.cache``) are passed over: phirt reads nothing in them.
-
     Args:
         folder: The model folder.
 
     Raises:
         UnsafeModelError: An entry is a link that leads out of the folder, or there are more
             entries than a model has.
+    """
+    for _ in model_files(folder):
+        pass
+
+
+def model_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Every file of a model folder, at any depth.
+
+    Hidden folders (``.git``, ``.cache``) are passed over, and so are links to folders
+    within: phirt reads nothing in either.
+
+    Args:
+        folder: The model folder.
+
+    Yields:
+        Its path relative to the folder, with ``/``, and its real path.
+
+    Raises:
+        UnsafeModelError: As `check_links`.
     """
     seen = 0
     root = folder.resolve()
@@ -114,11 +132,15 @@ def check_links(folder: Path) -> None:
                     f"{folder} has more than {_MAX_ENTRIES:,} files, which no model has. Name "
                     "the model's own folder."
                 )
+            name = prefix + entry.name
             real = entry.resolve()
-            if real != place / entry.name:  # a link, or a junction of Windows
-                resolve_inside(folder, prefix + entry.name)
-            elif real.is_dir() and not entry.name.startswith("."):
-                pending.append((f"{prefix}{entry.name}/", real))
+            is_link = real != place / entry.name  # or a junction of Windows
+            if is_link:
+                resolve_inside(folder, name)
+            if not real.is_dir():
+                yield name, real
+            elif not is_link and not entry.name.startswith("."):
+                pending.append((f"{name}/", real))
 
 
 def _allowed_roots(root: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
     ROOT/models/KEY/        one artifact: a model folder with its phirt.json
     ROOT/sources/SHA256/    one file as it was fetched, and source.json about it
+    ROOT/copies/KEY/        files of a user's folder that some runtime would not read as links
     ROOT/hashes/            SHA-256 of users' own files, by path, size and time
     ROOT/locks/  ROOT/tmp/  housekeeping of `stage`
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Store"]
 
 _SOURCE_RECORD = "source.json"
+_COPY_RECORD = "phirt-copy.json"
 # Lower case only: on Windows and macOS "A" and "a" are one folder.
 _KEY = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -155,13 +157,43 @@ class Store:
 
         return self._stage(target.parent, fill_and_record, find=find, needed_bytes=needed_bytes)
 
+    def install_copy(self, key: str, fill: Fill, *, needed_bytes: int = 0) -> Path:
+        """Install a copy of somebody else's model folder, or return the one that is there.
+
+        Args:
+            key: A plain lower-case name that says all that the copy depends on.
+            fill: Called with an empty folder, copies the files into it.
+            needed_bytes: Room that the copy will take; checked before ``fill`` runs.
+
+        Raises:
+            StoreError: The disk is full, or the store cannot be written.
+            ValueError: The key is not a plain lower-case name.
+        """
+        target = self._path_of("copies", key)
+
+        def fill_and_record(folder: Path) -> None:
+            fill(folder)
+            (folder / _COPY_RECORD).write_text(json.dumps(_sizes(folder)), encoding="utf-8")
+
+        def find() -> Path | None:
+            try:
+                recorded = read_json(target / _COPY_RECORD)
+                return target if recorded.items() <= _sizes(target).items() else None
+            except (ModelError, OSError):
+                return None
+
+        return self._stage(target, fill_and_record, find=find, needed_bytes=needed_bytes)
+
     def _model_path(self, key: str) -> Path:
+        return self._path_of("models", key)
+
+    def _path_of(self, kind: str, key: str) -> Path:
         if not _KEY.fullmatch(key) or plain_name_fault(key):
             raise ValueError(
                 f"{key!r} cannot name a model in the store: use lower-case letters, digits, "
                 "'.', '_' and '-', at most 100, beginning with a letter or digit."
             )
-        return self.root / "models" / key
+        return self.root / kind / key
 
     def _source_path(self, sha256: str, filename: str) -> Path:
         if not _SHA256.fullmatch(sha256):
@@ -204,6 +236,15 @@ class Store:
                     "folder that you may write to."
                 ) from error
             raise
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Size in bytes of every file in a copied folder, by its path in it."""
+    return {
+        file.relative_to(folder).as_posix(): file.stat().st_size
+        for file in folder.rglob("*")
+        if file.is_file() and file.name != _COPY_RECORD
+    }
 
 
 def _user_data_folder() -> Path:

@@ -1,8 +1,10 @@
-"""A tiny model folder, well formed, for tests to damage."""
+"""Tiny model folders in every layout, well formed, for tests to damage."""
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +84,104 @@ def write_model_folder(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_onnx(folder, onnx_model())
     write_json(folder / "genai_config.json", genai_config())
+    write_tokenizer(folder)
+    return folder
+
+
+def write_tokenizer(folder: Path) -> None:
+    """Write the files about text that all layouts share."""
     write_json(folder / "tokenizer.json", {"model": {"type": "BPE"}})
     write_json(
         folder / "tokenizer_config.json",
         {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}},
     )
     (folder / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
+
+
+def hub_config(**changes: Any) -> dict[str, Any]:
+    """A config.json of the same model."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": 1,
+        "dtype": "float16",
+        "eos_token_id": 2,
+        "hidden_size": 8,
+        "intermediate_size": 16,
+        "max_position_embeddings": 64,
+        "model_type": "llama",
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 1,
+        "pad_token_id": 2,
+        "vocab_size": 16,
+    } | changes
+
+
+def write_hub_folder(folder: Path, **config: Any) -> Path:
+    """Write config.json and the tokenizer's files, without any weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", hub_config(**config))
+    write_tokenizer(folder)
     return folder
+
+
+def write_safetensors_folder(folder: Path) -> Path:
+    """Write a Hugging Face folder of safetensors."""
+    header = {"weight": {"dtype": "F32", "shape": [4, 6], "data_offsets": [0, WEIGHTS.nbytes]}}
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + WEIGHTS.tobytes()
+    (write_hub_folder(folder) / "model.safetensors").write_bytes(content)
+    return folder
+
+
+def write_mlx_folder(folder: Path) -> Path:
+    """Write a folder of safetensors that mlx-lm quantized."""
+    write_safetensors_folder(folder)
+    write_json(folder / "config.json", hub_config(quantization={"group_size": 64, "bits": 4}))
+    return folder
+
+
+def write_openvino_folder(folder: Path) -> Path:
+    """Write a folder as Optimum exports it to OpenVINO."""
+    write_hub_folder(folder)
+    (folder / "openvino_model.xml").write_text('<net name="tiny"/>')
+    (folder / "openvino_model.bin").write_bytes(WEIGHTS.tobytes())
+    return folder
+
+
+def write_onnx_folder(folder: Path, *names: str) -> Path:
+    """Write a folder as transformers.js wants it; ``names`` are its graphs'."""
+    write_hub_folder(folder)
+    for name in names or ("onnx/model.onnx",):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(onnx_model().SerializeToString())
+        (folder / f"{name}_data").write_bytes(WEIGHTS.tobytes())
+    return folder
+
+
+WRITERS: dict[str, Callable[[Path], Path]] = {
+    "onnx-genai": write_model_folder,
+    "openvino": write_openvino_folder,
+    "onnx": write_onnx_folder,
+    "mlx": write_mlx_folder,
+    "safetensors": write_safetensors_folder,
+}
+"""For each layout, what writes a folder of it."""
+
+
+def write_snapshot(folder: Path, hub: Path, link: Callable[[Path, Path], None]) -> Path:
+    """The folder as a snapshot in a Hugging Face cache at ``hub``: links into ``blobs/``."""
+    repository = hub / "models--org--Tiny.1B"
+    snapshot = repository / "snapshots" / ("0123456789" * 4)
+    (repository / "blobs").mkdir(parents=True)
+    for file in sorted(folder.rglob("*")):
+        if file.is_file():
+            blob = repository / "blobs" / hashlib.sha256(file.read_bytes()).hexdigest()
+            blob.write_bytes(file.read_bytes())
+            name = snapshot / file.relative_to(folder)
+            name.parent.mkdir(parents=True, exist_ok=True)
+            link(name, blob)
+    return snapshot
 
 
 def write_json(path: Path, value: object) -> None:
