@@ -253,9 +253,9 @@ def _try_out(
 
 def _info(folder: ModelFolder, spec: DecoderSpec, model_path: Path) -> ModelInfo:
     graph = read_graph_facts(model_path)
-    window = folder.facts.window or spec.window
+    window = folder.facts.window or graph.window or spec.window
     context_length = spec.context_length
-    if window is not None and not graph.masks_window:
+    if window is not None and graph.window is None:
         # Model Builder leaves mistral's window to a rolling cache, which genai does not have
         # on every device and fills wrongly on the CPU. Up to the window there is no difference.
         context_length = min(context_length, window)

@@ -31,12 +31,12 @@ class GraphFacts:
     """What a decoder graph computes, beyond its configuration.
 
     Attributes:
-        masks_window: Whether any attention node masks what lies outside a window.
-        rope_boundary: The length beyond which Model Builder's graphs take LongRoPE's long
-            factors, or None.
+        window: The narrowest window that an attention node masks by itself, or None.
+        rope_boundary: The length beyond which the graph takes LongRoPE's long factors, or
+            None.
     """
 
-    masks_window: bool
+    window: int | None
     rope_boundary: int | None
 
 
@@ -71,20 +71,26 @@ def read_graph_facts(model_path: Path) -> GraphFacts:
                     name, value = _read_scalar(data, item.start, item.end)
                     if value is not None:
                         scalars[name] = value
-    masks = any(node.integers.get("local_window_size", -1) > 0 for node in nodes)
-    return GraphFacts(masks, _boundary(nodes, scalars))
+    windows = (node.integers.get("local_window_size", -1) for node in nodes)
+    return GraphFacts(
+        window=min((window for window in windows if window > 0), default=None),
+        rope_boundary=_boundary(nodes, scalars),
+    )
 
 
 def _boundary(nodes: list[_Node], scalars: dict[str, int]) -> int | None:
-    """The constant of ``If(Greater(total_length, constant))``, which chooses a rotary table."""
-    conditions = {node.inputs[0] for node in nodes if node.op_type == "If" and node.inputs}
+    """The constant of ``Greater(length, constant)``, which chooses a rotary table.
+
+    The length is gathered from the shape of the attention mask, by Model Builder and by phirt.
+    """
+    gathered = {node.outputs[0] for node in nodes if node.op_type == "Gather" and node.outputs}
     constants = scalars | {
         node.outputs[0]: node.tensor
         for node in nodes
         if node.op_type == "Constant" and node.outputs and node.tensor is not None
     }
     for node in nodes:
-        if node.op_type == "Greater" and conditions.intersection(node.outputs):
+        if node.op_type == "Greater" and len(node.inputs) == 2 and node.inputs[0] in gathered:
             return constants.get(node.inputs[1])
     return None
 

@@ -22,7 +22,7 @@ BUCKET = 256
 
 _CHUNK = 256  # tokens; chunks of 128 to 1,500 take the same processor time on the CPU
 _OUT_OF_MEMORY = re.compile(
-    r"bad.?alloc|failed to allocate|(not enough|out of) memory|8007000E", re.IGNORECASE
+    r"bad.?alloc|(failed to|could not) allocate|(not enough|out of) memory|8007000E", re.IGNORECASE
 )
 
 
@@ -113,6 +113,8 @@ class GenaiSession(BaseSession):
         return not self._generators.append_once or self._length == 0
 
     def _append(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
+        if every_position and not self._base_model.capabilities.verify:
+            raise NotImplementedError("declared without the capability 'verify'")
         tokens = np.array(token_ids, np.int32)
         total = self._length + len(tokens)
         wanted = len(tokens) if every_position else 1
