@@ -42,6 +42,7 @@ _SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 def write_tiny_llama_gguf(
     path: Path,
     *,
+    architecture: Literal["llama", "qwen2", "qwen3"] = "llama",
     encoding: str = "F32",
     seed: int = 0,
     layers: int = 2,
@@ -58,10 +59,11 @@ def write_tiny_llama_gguf(
     chat_template: str | None = CHAT_TEMPLATE,
     metadata: Mapping[str, int | float | bool | str | None] | None = None,
 ) -> Path:
-    """Write a tiny Llama to ``path`` and return it.
+    """Write a tiny Llama, or a relative of it, to ``path`` and return it.
 
     Args:
         path: The file to write.
+        architecture: ``general.architecture``.
         encoding: Encoding of the matrices; norms are F32. K-quants need rows of 256, and one
             layer to stay under a megabyte.
         seed: Seed of the weights.
@@ -80,7 +82,7 @@ def write_tiny_llama_gguf(
         chat_template: ``tokenizer.chat_template``, or None.
         metadata: Keys to add, to replace, or (None) to leave out.
     """
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, architecture)
     writer.add_name("tiny")
     writer.add_block_count(layers)
     writer.add_context_length(context_length)
@@ -99,11 +101,12 @@ def write_tiny_llama_gguf(
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     _override(writer, metadata or {})
-    weights = _Weights(writer, encoding=encoding, seed=seed)
+    weights = _Weights(writer, architecture, encoding=encoding, seed=seed)
     weights.add_model(
         layers=layers,
         hidden=hidden,
         intermediate=intermediate or 2 * hidden,
+        head=hidden // heads,
         keys=hidden // heads * kv_heads,
         vocab=vocab,
         tied=tied,
@@ -120,13 +123,22 @@ def write_tiny_llama_gguf(
 class _Weights:
     """Random weights whose layers keep the size of what passes through them."""
 
-    def __init__(self, writer: GGUFWriter, *, encoding: str, seed: int) -> None:
+    def __init__(self, writer: GGUFWriter, architecture: str, *, encoding: str, seed: int) -> None:
         self._writer = writer
+        self._architecture = architecture
         self._encoding = encoding
         self._random = np.random.default_rng(seed)
 
     def add_model(
-        self, *, layers: int, hidden: int, intermediate: int, keys: int, vocab: int, tied: bool
+        self,
+        *,
+        layers: int,
+        hidden: int,
+        intermediate: int,
+        head: int,
+        keys: int,
+        vocab: int,
+        tied: bool,
     ) -> None:
         self._matrix("token_embd", vocab, hidden)
         for index in range(layers):
@@ -135,6 +147,7 @@ class _Weights:
             self._matrix(f"{block}.attn_q", hidden, hidden)
             self._matrix(f"{block}.attn_k", keys, hidden)
             self._matrix(f"{block}.attn_v", keys, hidden)
+            self._add_extras(block, {"q": hidden, "k": keys, "v": keys}, head=head)
             self._matrix(f"{block}.attn_output", hidden, hidden)
             self._norm(f"{block}.ffn_norm", hidden)
             self._matrix(f"{block}.ffn_gate", intermediate, hidden)
@@ -143,6 +156,16 @@ class _Weights:
         self._norm("output_norm", hidden)
         if not tied:
             self._matrix("output", vocab, hidden)
+
+    def _add_extras(self, block: str, rows: Mapping[str, int], *, head: int) -> None:
+        """What Qwen has and Llama has not."""
+        if self._architecture == "qwen2":
+            for part, count in rows.items():
+                bias = 0.1 * self._random.standard_normal(count)
+                self._writer.add_tensor(f"{block}.attn_{part}.bias", bias.astype(np.float32))
+        if self._architecture == "qwen3":
+            self._norm(f"{block}.attn_q_norm", head)
+            self._norm(f"{block}.attn_k_norm", head)
 
     def _norm(self, name: str, width: int) -> None:
         values = 1 + 0.1 * self._random.standard_normal(width)

@@ -110,39 +110,52 @@ def _collect_tensors(file: GgufFile, config: DecoderConfig) -> dict[str, GgufTen
 
 
 def _rotating_heads(gguf_name: str, config: DecoderConfig) -> int | None:
-    if gguf_name.endswith(".attn_q.weight"):
+    """Heads of a projection whose rows llama.cpp's converter reorders: in llama alone."""
+    if config.architecture == "llama" and gguf_name.endswith(".attn_q.weight"):
         return config.num_heads
-    if gguf_name.endswith(".attn_k.weight"):
+    if config.architecture == "llama" and gguf_name.endswith(".attn_k.weight"):
         return config.num_kv_heads
     return None
 
 
 def _expected(config: DecoderConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Hugging Face's name and the shape of every tensor, by llama.cpp's name."""
-    width = config.hidden_size
-    queries = config.num_heads * config.head_size
-    keys = config.num_kv_heads * config.head_size
-    layer = {
-        "attn_norm": ("input_layernorm", (width,)),
-        "attn_q": ("self_attn.q_proj", (queries, width)),
-        "attn_k": ("self_attn.k_proj", (keys, width)),
-        "attn_v": ("self_attn.v_proj", (keys, width)),
-        "attn_output": ("self_attn.o_proj", (width, queries)),
-        "ffn_norm": ("post_attention_layernorm", (width,)),
-        "ffn_gate": ("mlp.gate_proj", (config.intermediate_size, width)),
-        "ffn_up": ("mlp.up_proj", (config.intermediate_size, width)),
-        "ffn_down": ("mlp.down_proj", (width, config.intermediate_size)),
-    }
     table: dict[str, tuple[str, tuple[int, ...]]] = {
-        "token_embd.weight": ("model.embed_tokens.weight", (config.vocab_size, width))
+        "token_embd.weight": (
+            "model.embed_tokens.weight",
+            (config.vocab_size, config.hidden_size),
+        )
     }
+    layer = _expected_layer(config)
     for index in range(config.num_layers):
         for gguf_name, (name, shape) in layer.items():
-            table[f"blk.{index}.{gguf_name}.weight"] = (
-                f"model.layers.{index}.{name}.weight",
-                shape,
-            )
-    table["output_norm.weight"] = ("model.norm.weight", (width,))
+            table[f"blk.{index}.{gguf_name}"] = (f"model.layers.{index}.{name}", shape)
+    table["output_norm.weight"] = ("model.norm.weight", (config.hidden_size,))
     if not config.tie_word_embeddings:
-        table["output.weight"] = ("lm_head.weight", (config.vocab_size, width))
+        table["output.weight"] = ("lm_head.weight", (config.vocab_size, config.hidden_size))
     return table
+
+
+def _expected_layer(config: DecoderConfig) -> dict[str, tuple[str, tuple[int, ...]]]:
+    width, inner = config.hidden_size, config.intermediate_size
+    queries = config.num_heads * config.head_size
+    keys = config.num_kv_heads * config.head_size
+    layer: dict[str, tuple[str, tuple[int, ...]]] = {
+        "attn_norm.weight": ("input_layernorm.weight", (width,)),
+        "attn_q.weight": ("self_attn.q_proj.weight", (queries, width)),
+        "attn_k.weight": ("self_attn.k_proj.weight", (keys, width)),
+        "attn_v.weight": ("self_attn.v_proj.weight", (keys, width)),
+        "attn_output.weight": ("self_attn.o_proj.weight", (width, queries)),
+        "ffn_norm.weight": ("post_attention_layernorm.weight", (width,)),
+        "ffn_gate.weight": ("mlp.gate_proj.weight", (inner, width)),
+        "ffn_up.weight": ("mlp.up_proj.weight", (inner, width)),
+        "ffn_down.weight": ("mlp.down_proj.weight", (width, inner)),
+    }
+    if config.qkv_bias:
+        for part, rows in (("q", queries), ("k", keys), ("v", keys)):
+            layer[f"attn_{part}.bias"] = (f"self_attn.{part}_proj.bias", (rows,))
+    if config.qk_norm:
+        for part in "qk":
+            norm = f"self_attn.{part}_norm.weight"
+            layer[f"attn_{part}_norm.weight"] = (norm, (config.head_size,))
+    return layer

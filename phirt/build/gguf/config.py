@@ -17,8 +17,9 @@ from phirt.types import FloatArray
 
 __all__ = ["ROPE_FACTORS", "read_config"]
 
-_ARCHITECTURES = ("llama",)
-"""What ``general.architecture`` may be. Llama 2 and 3, Mistral and SmolLM2 are all "llama"."""
+_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+"""What ``general.architecture`` may be. Llama 2 and 3, Mistral and SmolLM2 are all "llama"; Qwen
+2.5 is "qwen2"."""
 
 ROPE_FACTORS = "rope_freqs.weight"
 """The tensor in which Llama 3 files keep the divisors of their rotary frequencies."""
@@ -97,6 +98,8 @@ def read_config(file: GgufFile, *, tokens: list[str]) -> DecoderConfig:
         ),
         tie_word_embeddings="output.weight" not in file.header.tensors,
         windows=() if window is None else (window,) * num_layers,
+        qkv_bias=architecture == "qwen2",
+        qk_norm=architecture == "qwen3",
         bos_token_id=file.token_id("bos", vocab_size=len(tokens)),
         eos_token_ids=reader.eos_token_ids(tokens),
         pad_token_id=file.token_id("padding", vocab_size=len(tokens)),
@@ -178,7 +181,11 @@ class _ConfigReader:
         window = self._file.integer(self._key("attention.sliding_window")) or 0
         if window < 0:
             self.fail(f"{self._key('attention.sliding_window')} is {window:,}")
-        return window if 0 < window < context_length else None
+        if not 0 < window < context_length:
+            return None
+        if self._architecture != "llama":
+            self.refuse(f"a window in {self._architecture}, whose files do not say of which layers")
+        return window
 
     def rope_factors(self, head_size: int) -> FloatArray | None:
         """Divisors of the rotary frequencies: Llama 3's tensor times the linear factor."""

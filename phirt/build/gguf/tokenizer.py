@@ -84,6 +84,14 @@ _TEKKEN = _PreTokenizer(
     whole_words=True,
     add_bos=True,
 )
+# Qwen's own tokenizer.json also composes characters first (NFC); llama.cpp and transformers'
+# GGUF reader do not.
+_QWEN2 = _PreTokenizer(
+    split=(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+)
 _PRE_TOKENIZERS = {
     "gpt-2": _PreTokenizer(),
     "llama-bpe": _LLAMA3,
@@ -92,6 +100,7 @@ _PRE_TOKENIZERS = {
     # SmolLM's own tokenizer.json and llama.cpp also set every digit apart before GPT-2's
     # pattern; transformers' GGUF reader does not, and its ids are the ones promised here.
     "smollm": _PreTokenizer(),
+    "qwen2": _QWEN2,  # and Qwen 2.5 and 3
     "tekken": _TEKKEN,
 }
 

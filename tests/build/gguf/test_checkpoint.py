@@ -182,10 +182,19 @@ def test_a_window_counts_where_it_is_narrower_than_the_context(
     assert config(metadata={"llama.attention.sliding_window": window}).window == found
 
 
+def test_a_window_of_qwen_is_refused(config: Config) -> None:
+    with pytest.raises(UnsupportedModelError, match="window in qwen2"):
+        config(
+            architecture="qwen2",
+            pre="qwen2",
+            metadata={"qwen2.attention.sliding_window": 64},
+        )
+
+
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"general.architecture": "qwen2"}, "architecture 'qwen2' is not supported.*llama"),
+        ({"general.architecture": "gemma3"}, "architecture 'gemma3' is not supported.*llama"),
         ({"llama.expert_count": 8}, "a mixture of 8 experts"),
         ({"llama.attention.causal": False}, "not causal"),
         ({"split.count": 2}, "split into 2 files"),

@@ -58,6 +58,32 @@ def test_tensors(tmp_path: Path, encoding: str, tied: bool) -> None:
         np.testing.assert_array_equal(values, theirs[name], err_msg=name)
 
 
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("encoding", ["F32", "Q4_1"])
+def test_tensors_of_qwen(tmp_path: Path, architecture: Any, encoding: str) -> None:
+    """Biases or norms of heads, and no rows in another order."""
+    path = write_tiny_llama_gguf(
+        tmp_path / "model.gguf",
+        architecture=architecture,
+        encoding=encoding,
+        pre="qwen2",
+        layers=2,
+        hidden=256,
+        heads=2,  # transformers takes heads of 128 for granted in qwen3
+        kv_heads=1,
+    )
+    theirs = {name: tensor.numpy() for name, tensor in their_model(path).state_dict().items()}
+    del theirs["lm_head.weight"]  # tied
+    with GgufCheckpoint(path) as checkpoint:
+        ours = {name: checkpoint.tensor(name).float32() for name in checkpoint.names()}
+        config = checkpoint.config
+    assert (config.architecture, config.head_size) == (architecture, 128)
+    assert (config.qkv_bias, config.qk_norm) == (architecture == "qwen2", architecture == "qwen3")
+    assert set(ours) == set(theirs)
+    for name, values in ours.items():
+        np.testing.assert_array_equal(values, theirs[name], err_msg=name)
+
+
 def test_configuration(tmp_path: Path) -> None:
     path = write_tiny_llama_gguf(tmp_path / "model.gguf", layers=3)
     theirs = their_model(path).config
@@ -108,6 +134,8 @@ def assert_same_ids(path: Path) -> None:
         pytest.param(
             {"pre": "tekken", "metadata": {"tokenizer.ggml.add_bos_token": True}}, id="tekken"
         ),
+        pytest.param({"pre": "qwen2", "architecture": "qwen2"}, id="qwen2"),
+        pytest.param({"pre": "qwen2", "architecture": "qwen3"}, id="qwen3"),
         pytest.param({"tokenizer": "llama"}, id="sentencepiece"),
         pytest.param(
             {"tokenizer": "llama", "metadata": {"tokenizer.ggml.add_eos_token": True}},

@@ -197,7 +197,7 @@ class TestPreTokenizers:
         whole = read_vocabulary(tokens, merges=merges, tokenizer_pre="llama-bpe")
         assert pieces(whole, "abc") == ["abc"]
 
-    @pytest.mark.parametrize("pre", ["default", "qwen2", "poro-chat", None])
+    @pytest.mark.parametrize("pre", ["default", "deepseek-llm", "poro-chat", None])
     def test_an_unknown_one_is_refused_by_name(self, read: Read, pre: str | None) -> None:
         with pytest.raises(UnsupportedModelError, match=f"tokenizer.ggml.pre is {pre!r}"):
             read(metadata={"tokenizer.ggml.pre": pre})

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
+from phirt.build.gguf.checkpoint import GgufCheckpoint
 from phirt.build.onnx_decoder import write_decoder
 from phirt.build.precision import Precision
 from phirt.build.safetensors_checkpoint import SafetensorsCheckpoint
@@ -20,7 +21,8 @@ from phirt.models.onnx_safety import check_onnx_files
 from phirt.testing import write_tiny_checkpoint
 from phirt.types import FloatArray
 from tests.build.onnx.oracle import pretrained, transformers_logits
-from tests.build.onnx.runtime import OnnxDecoder, mean_kl
+from tests.build.onnx.runtime import OnnxDecoder, mean_kl, written
+from tests.tiny_gguf import write_tiny_llama_gguf
 
 pytestmark = pytest.mark.oracle
 
@@ -140,6 +142,29 @@ class TestGemma3:
         edit_config(tmp_path, rope_scaling={"rope_type": "linear", "factor": 8.0})
         expected = transformers_logits(pretrained(tmp_path), TOKENS)
         assert difference(converted(tmp_path).logits(TOKENS), expected) < 1e-4
+
+
+class TestGguf:
+    @pytest.mark.parametrize("architecture", ["qwen2", "qwen3"])
+    def test_a_quantized_file_keeps_its_weights(self, architecture, tmp_path, monkeypatch):
+        from transformers import AutoModelForCausalLM
+
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        path = write_tiny_llama_gguf(
+            tmp_path / "model.gguf",
+            architecture=architecture,
+            encoding="Q4_1",
+            pre="qwen2",
+            hidden=256,
+            heads=2,  # transformers takes heads of 128 for granted in qwen3
+            kv_heads=1,
+        )
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=path.name).eval()
+        with GgufCheckpoint(path) as checkpoint:
+            decoder = written(checkpoint, tmp_path, precision=Precision.EXACT)
+        tokens = [token % 300 for token in TOKENS]
+        expected = transformers_logits(model, tokens)
+        assert difference(decoder.logits(tokens), expected) < 1e-3
 
 
 class TestPrecisions:
