@@ -21,7 +21,7 @@ from phirt.testing.conformance_safety import SafetyConformance
 from phirt.testing.conformance_settings import DENSE_ARCHITECTURES, LONG_ROPE_ARCHITECTURES
 from phirt.testing.conformance_steps import StepConformance
 from phirt.testing.conformance_threads import LifetimeConformance, ThreadConformance
-from phirt.testing.subject import Oracle, Subject, read_artifact
+from phirt.testing.subject import Oracle, Subject, empty_folder, read_artifact
 
 __all__ = ["DENSE_ARCHITECTURES", "BackendConformance"]
 
@@ -100,7 +100,7 @@ class BackendConformance(
     @classmethod
     def _load(cls, architecture: str, checkpoint: Path, oracle: Oracle) -> Iterator[Subject]:
         backend = cls.backend()
-        folder = cls().prepare(checkpoint, checkpoint.with_name("prepared"))
+        folder = cls().prepare(checkpoint, empty_folder(checkpoint.with_name("prepared")))
         artifact = read_artifact(backend, folder)
         verdict = backend.accepts(artifact, cls.device)
         if isinstance(verdict, Reject):
@@ -126,7 +126,7 @@ def _load_partner(partner: Backend, checkpoint: Path) -> LoadedModel:
     if layout != "safetensors":
         folder = checkpoint.with_name(f"partner-{layout}")
         if not folder.exists():
-            convert(checkpoint, folder, layout=layout, precision="fp32")
+            convert(checkpoint, empty_folder(folder), layout=layout, precision="fp32")
     artifact = read_artifact(partner, folder)
     verdict = partner.accepts(artifact, "cpu")
     if isinstance(verdict, Reject):

@@ -13,7 +13,7 @@ from phirt.errors import ModelError, PhirtError
 from phirt.protocols import LoadOptions, Reject
 from phirt.testing.checkpoints import write_tiny_checkpoint
 from phirt.testing.conformance_settings import ConformanceSettings
-from phirt.testing.subject import Subject, random_ids, read_artifact
+from phirt.testing.subject import Subject, empty_folder, random_ids, read_artifact
 
 __all__ = ["LackConformance"]
 
@@ -83,7 +83,7 @@ class LackConformance(ConformanceSettings):
         for architecture, lack in self.rejected.items():
             checkpoint = write_tiny_checkpoint(tmp_path / architecture, architecture)
             try:
-                folder = self.prepare(checkpoint, tmp_path / f"{architecture}-prepared")
+                folder = self.prepare(checkpoint, empty_folder(tmp_path / f"{architecture}-out"))
                 artifact = read_artifact(backend, folder)
             except ModelError:
                 continue  # There is not even a folder that the backend could read.

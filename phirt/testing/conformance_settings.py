@@ -48,7 +48,7 @@ class ConformanceSettings:
 
         Args:
             checkpoint: A Hugging Face folder; not to be changed.
-            out: A folder to write to, which does not exist yet.
+            out: An empty folder to write to.
 
         Returns:
             The folder to load: ``checkpoint`` itself, unless overridden.

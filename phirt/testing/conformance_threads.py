@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import warnings
 import weakref
 from collections.abc import Callable
 from functools import partial
@@ -188,7 +189,6 @@ class LifetimeConformance:
         subject.check(grown < 12_000_000, f"200 sessions left {grown / 1e6:.1f} MB")
 
     @_HAS_FORK
-    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
     @pytest.mark.parametrize("child", ["decodes", "opens", "exits"])
     def test_fork(self, one_subject: Subject, child: str) -> None:
         """In a forked child a call raises instead of hanging; the parent goes on (row L4)."""
@@ -245,7 +245,10 @@ def _in_a_child(work: Callable[[], object]) -> str:
             theirs.send("result")
 
     child = context.Process(target=run)
-    child.start()
+    with warnings.catch_warnings():
+        # Python warns of forking a process with threads, which is what is tested.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child.start()
     answer = ours.recv() if ours.poll(timeout=_PATIENCE) else "it hangs"
     child.join(timeout=_PATIENCE)
     if child.exitcode != 0:

@@ -23,7 +23,7 @@ from phirt.protocols import (
 from phirt.testing.tiny_tokenizer import PAD_TOKEN_ID
 from phirt.types import Artifact, FloatArray, IntArray
 
-__all__ = ["Oracle", "Subject", "check_greedy", "random_ids", "read_artifact"]
+__all__ = ["Oracle", "Subject", "check_greedy", "empty_folder", "random_ids", "read_artifact"]
 
 
 def random_ids(count: int, *, seed: int = 0) -> list[int]:
@@ -35,6 +35,12 @@ def random_ids(count: int, *, seed: int = 0) -> list[int]:
 def read_artifact(backend: Backend, folder: Path) -> Artifact:
     """What ``backend`` is given to load from a folder."""
     return read_folder(folder, formats=backend.formats).artifact
+
+
+def empty_folder(path: Path) -> Path:
+    """A new folder."""
+    path.mkdir(parents=True)
+    return path
 
 
 class Oracle:
