@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar
 
 from phirt.backends.base import BaseModel, import_runtime
@@ -17,6 +18,7 @@ from phirt.backends.execution import InTurn, Parallel
 from phirt.backends.onnxruntime_errors import translate_load
 from phirt.backends.onnxruntime_graph import describe_graph
 from phirt.backends.onnxruntime_memory import DeviceMemory, HostMemory
+from phirt.backends.onnxruntime_nodes import read_nodes, supported_context
 from phirt.backends.onnxruntime_options import Settings, session_options
 from phirt.backends.onnxruntime_pool import OrtPool
 from phirt.backends.onnxruntime_proto import top_model
@@ -29,7 +31,7 @@ from phirt.backends.onnxruntime_providers import (
 )
 from phirt.backends.onnxruntime_session import GrowingSession, OrtSession, SharedSession
 from phirt.devices.names import DeviceName
-from phirt.errors import BackendBrokenError, BackendNotInstalledError
+from phirt.errors import BackendBrokenError, BackendNotInstalledError, UnsupportedModelError
 from phirt.models.folder import ModelFolder, read_folder
 from phirt.models.onnx_safety import check_onnx_files
 from phirt.protocols import (
@@ -115,8 +117,8 @@ class OnnxRuntimeBackend:
         settings = Settings.of(options)
         provider = find_provider(ort, device)
         folder = read_folder(artifact.path, formats=self.formats)
-        assert folder.model_path is not None  # noqa: S101  # both formats have a graph
-        check_onnx_files(folder.model_path.parent, folder.model_path.name)
+        path = _graph_path(folder)
+        check_onnx_files(path.parent, path.name)
         return OrtModel(ort, folder, provider, device, settings)
 
 
@@ -129,17 +131,20 @@ class OrtModel(BaseModel):
         graph: Its inputs and outputs.
         memory: Where caches and logits lie.
         tokens_per_run: Most tokens of one run, or None.
+        shares_buffer: Whether past and present are one buffer.
+        least_capacity: Positions that such a buffer must have at least.
     """
 
     def __init__(
         self, ort: Any, folder: ModelFolder, provider: Provider, device: str, settings: Settings
     ) -> None:
+        path = _graph_path(folder)
         self.ort = ort
         self.tokens_per_run = settings.tokens_per_run
         self._provider = provider
         self._settings = settings
-        self._path = folder.model_path
-        self.inference: Any = self._open(os.fspath(folder.model_path or ""))
+        self._path = path
+        self.inference: Any = self._open(os.fspath(path))
         self._placement = read_placement(self.inference, provider, device)
         self.graph = describe_graph(self.inference, folder)
         self.memory = (
@@ -147,16 +152,24 @@ class OrtModel(BaseModel):
             if provider.memory == "cpu"
             else DeviceMemory(ort, self._open, provider.memory, provider.index)
         )
+        nodes = read_nodes(path)
+        self.least_capacity = nodes.least_capacity
         self.shares_buffer = provider.shares_buffer and _shares_buffer(folder)
-        facts, spec = getattr(folder, "facts", None), folder.decoder  # TEMPORARY
+        facts = folder.facts
+        if self.least_capacity and not self.shares_buffer:
+            raise UnsupportedModelError(
+                f"{path}: the graph rolls its cache on inside one buffer (sliding_window_cache), "
+                f"which {provider.name} does not do. Build it with "
+                "--extra_options windowed_kv_cache=false."
+            )
         super().__init__(
             info=ModelInfo(
                 vocab_size=self.graph.vocab_size,
-                context_length=spec.context_length if spec else facts.context_length,
-                eos_token_ids=frozenset(spec.eos_token_ids if spec else facts.eos_token_ids),
+                context_length=supported_context(nodes, facts),
+                eos_token_ids=facts.eos_token_ids,
                 weights_id=folder.artifact.weights_id,
-                rope_boundary=facts.rope_boundary if facts else None,
-                window=facts.window if facts else None,
+                rope_boundary=nodes.rope_boundary,
+                window=facts.window,
             ),
             capabilities=self._capabilities(),
             execution=Parallel() if provider.is_cpu else InTurn(),
@@ -221,6 +234,11 @@ class OrtModel(BaseModel):
             lacks["topk"] = Lack("never", "the logits are in host memory already")
         missing = {name: name not in lacks for name in ("verify", "batch", "topk")}
         return Capabilities(truncate=True, interrupt=True, kv=True, lacks=lacks, **missing)
+
+
+def _graph_path(folder: ModelFolder) -> Path:
+    assert folder.model_path is not None  # noqa: S101  # both formats have a graph
+    return folder.model_path
 
 
 def _shares_buffer(folder: ModelFolder) -> bool:

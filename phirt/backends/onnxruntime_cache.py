@@ -29,13 +29,17 @@ class SharedCache:
         memory: Where the buffers lie.
         rows: Sequences.
         limit: Most tokens that a row may ever hold.
+        least: Positions that the graph wants in a buffer however few are used.
     """
 
-    def __init__(self, graph: DecoderGraph, memory: Memory, *, rows: int, limit: int) -> None:
+    def __init__(
+        self, graph: DecoderGraph, memory: Memory, *, rows: int, limit: int, least: int = 0
+    ) -> None:
         self._graph = graph
         self._memory = memory
         self._rows = rows
-        self._limit = limit
+        self._limit = max(limit, least)
+        self._least = least
         self._values: list[Any] = []
         # On the host, the arrays that the tensors are made on; elsewhere none.
         self._arrays: list[NDArray[Any]] = []
@@ -55,7 +59,7 @@ class SharedCache:
         """
         if length <= self.capacity:
             return
-        wanted = max(length, min(2 * self.capacity, self.capacity + 8 * _BUCKET))
+        wanted = max(length, self._least, min(2 * self.capacity, self.capacity + 8 * _BUCKET))
         capacity = min(-(-wanted // _BUCKET) * _BUCKET, self._limit)
         shape = (self._rows, self._graph.kv_heads, capacity, self._graph.head_size)
         element, longest = self._graph.cache, max(held, default=0)

@@ -81,7 +81,6 @@ def describe_graph(inference: Any, folder: ModelFolder) -> DecoderGraph:
     _check_names(names, inputs, outputs, folder)
     kv_heads, head_size = _cache_shape(inputs, past, folder)
     logits = names["logits"]
-    shape = outputs[logits].shape
     return DecoderGraph(
         input_ids=names["input_ids"],
         attention_mask=names["attention_mask"] if names["attention_mask"] in inputs else None,
@@ -93,11 +92,11 @@ def describe_graph(inference: Any, folder: ModelFolder) -> DecoderGraph:
         logits=logits,
         kv_heads=kv_heads,
         head_size=head_size,
-        vocab_size=_vocab_size(shape, folder),
+        vocab_size=_vocab_size(outputs[logits], folder),
         cache=_element(inputs[past[0]], folder),
         logits_type=_element(outputs[logits], folder),
         # A graph that declares one position computes the LM head for the last one only.
-        prunes_logits=shape[1] == 1,
+        prunes_logits=outputs[logits].shape[1] == 1,
     )
 
 
@@ -164,7 +163,7 @@ def _cache_shape(
     inputs: Mapping[str, Any], past: tuple[str, ...], folder: ModelFolder
 ) -> tuple[int, int]:
     """Key and value heads, and the width of one; every layer has the same."""
-    spec, facts = folder.decoder, getattr(folder, "facts", None)  # TEMPORARY
+    spec, facts = folder.decoder, folder.facts
     by_graph = inputs[past[0]].shape
     if len(by_graph) != 4:
         raise UnsupportedModelError(
@@ -184,19 +183,12 @@ def _cache_shape(
     return heads, width
 
 
-def _vocab_size(shape: list[Any], folder: ModelFolder) -> int:
-    spec, facts = folder.decoder, getattr(folder, "facts", None)  # TEMPORARY
-    size = spec.vocab_size if spec else _size(shape[-1], facts.vocab_size)
-    if len(shape) != 3 or size is None:
-        raise UnsupportedModelError(
-            f"{folder.model_path}: the logits have the shape {tuple(shape)}; phirt drives graphs "
-            "whose logits are (batch, positions, vocabulary)."
-        )
-    if isinstance(shape[2], int) and shape[2] != size:
-        raise ModelFormatError(
-            f"{folder.model_path}: by its configuration the model has {size} logits per position, "
-            f"but the graph says {shape[2]}. Build the model again."
-        )
+def _vocab_size(logits: Any, folder: ModelFolder) -> int:
+    size = folder.facts.vocab_size
+    if folder.decoder is None and len(logits.shape) == 3:
+        # Exports of padded embeddings have more logits than config.json has tokens.
+        size = _size(logits.shape[2], size) or size
+    _check_shape(logits, (None, None, size), folder)
     return size
 
 
@@ -212,9 +204,10 @@ def _check_shape(value: Any, wanted: tuple[int | None, ...], folder: ModelFolder
     )
     if not same:
         shape = ", ".join("any" if size is None else str(size) for size in wanted)
+        source = "genai_config.json" if folder.decoder else "config.json"
         raise ModelFormatError(
-            f"{folder.model_path}: {value.name} should have the shape ({shape}), but the graph "
-            f"says {tuple(found)}. Build the model again."
+            f"{folder.artifact.path}: by {source} {value.name} has the shape ({shape}), but the "
+            f"graph in {folder.model_path} says {tuple(found)}. Build the model again."
         )
 
 

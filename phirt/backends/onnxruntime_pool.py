@@ -39,7 +39,13 @@ class OrtPool:
     def __init__(self, model: OrtModel, *, slots: int, capacity: int, expected_length: int) -> None:
         self._model = model
         self._limit = capacity
-        self._cache = SharedCache(model.graph, model.memory, rows=slots, limit=capacity)
+        self._cache = SharedCache(
+            model.graph,
+            model.memory,
+            rows=slots,
+            limit=capacity,
+            least=model.least_capacity,
+        )
         self._rows: list[_Row | None] = [None] * slots
         self._binding = model.inference.io_binding()
         self._run_options = model.run_options()

@@ -181,7 +181,13 @@ class SharedSession(OrtSession):
         row: int = 0,
     ) -> None:
         super().__init__(model, max_length=max_length)
-        self._cache = cache or SharedCache(model.graph, model.memory, rows=1, limit=max_length)
+        self._cache = cache or SharedCache(
+            model.graph,
+            model.memory,
+            rows=1,
+            limit=max_length,
+            least=model.least_capacity,
+        )
         self._row = row
         self._bound_version = 0
         self._reserve(min(expected_length, max_length))

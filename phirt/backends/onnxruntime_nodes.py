@@ -1,0 +1,148 @@
+"""What a graph's nodes say that its inputs do not: attention windows, LongRoPE's boundary."""
+
+from __future__ import annotations
+
+import mmap
+from dataclasses import dataclass
+from pathlib import Path
+
+from phirt.errors import ModelFormatError
+from phirt.models.huggingface_config import ConfigFacts
+from phirt.models.protobuf import (
+    BYTES,
+    VARINT,
+    Buffer,
+    Field,
+    WireError,
+    bytes_of,
+    fields,
+    packed_varints,
+    signed,
+)
+
+__all__ = ["GraphNodes", "read_nodes", "supported_context"]
+
+# Field numbers of onnx.proto.
+_MODEL_GRAPH = 7
+_GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
+_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_TYPE, _NODE_ATTRIBUTE = 1, 2, 3, 4, 5
+_ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_TENSOR = 1, 3, 5
+_TENSOR_INTS, _TENSOR_NAME, _TENSOR_RAW = 7, 8, 9
+
+# The nodes that choose LongRoPE's factors: in Model Builder's graphs by the mask's width or
+# by the highest position, and in phirt's by the mask's width.
+_CHOOSERS = (
+    "/model/rope_caches_subgraph/Greater",
+    "/model/pos_ids_reformat/GreaterOrEqual",
+    "/model/rope/is_long",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphNodes:
+    """Facts about a decoder graph.
+
+    Attributes:
+        windows: ``local_window_size`` of each attention node of GroupQueryAttention, in the
+            order of the graph; None for full attention.
+        least_capacity: Positions that the cache must have room for at least: the widest
+            window of a node that rolls its cache on (``sliding_window_cache``), else 0.
+        rope_boundary: Longest sequence for which it takes LongRoPE's short factors, or None.
+    """
+
+    windows: tuple[int | None, ...]
+    least_capacity: int
+    rope_boundary: int | None
+
+
+def read_nodes(path: Path) -> GraphNodes:
+    """Walk a graph's nodes; weights are passed over.
+
+    Raises:
+        ModelFormatError: The file is not an ONNX model.
+    """
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _walk(data)
+    except (WireError, ValueError, UnicodeDecodeError) as error:
+        raise ModelFormatError(f"{path} is not a sound ONNX model: {error}.") from error
+
+
+def _walk(data: Buffer) -> GraphNodes:
+    windows: list[int | None] = []
+    least_capacity = 0
+    chooser: list[str] = []
+    constants: dict[str, Field] = {}
+    for graph in _of(data, 0, len(data), _MODEL_GRAPH):
+        for item in fields(data, graph.start, graph.end):
+            if item.number == _GRAPH_INITIALIZER:
+                constants[_text(data, item, _TENSOR_NAME)] = item
+            if item.number != _GRAPH_NODE:
+                continue
+            kind = _text(data, item, _NODE_TYPE)
+            if kind == "GroupQueryAttention":
+                attributes = _integers(data, item)
+                window = attributes.get("local_window_size", -1)
+                windows.append(window if window > 0 else None)
+                if attributes.get("sliding_window_cache"):
+                    least_capacity = max(least_capacity, window)
+            elif kind == "Constant":
+                for attribute in _of(data, item.start, item.end, _NODE_ATTRIBUTE):
+                    for tensor in _of(data, attribute.start, attribute.end, _ATTRIBUTE_TENSOR):
+                        constants[_text(data, item, _NODE_OUTPUT)] = tensor
+            elif _text(data, item, _NODE_NAME) in _CHOOSERS:
+                inputs = _of(data, item.start, item.end, _NODE_INPUT)
+                chooser = [bytes_of(data, name).decode() for name in inputs]
+    known = [constants[name] for name in chooser if name in constants]
+    return GraphNodes(
+        windows=tuple(windows),
+        least_capacity=least_capacity,
+        rope_boundary=_integer(data, known[0]) if known else None,
+    )
+
+
+def _integers(data: Buffer, node: Field) -> dict[str, int]:
+    """A node's integer attributes."""
+    found = {}
+    for attribute in _of(data, node.start, node.end, _NODE_ATTRIBUTE):
+        for field in _of(data, attribute.start, attribute.end, _ATTRIBUTE_INT):
+            found[_text(data, attribute, _ATTRIBUTE_NAME)] = signed(field.value)
+    return found
+
+
+def supported_context(nodes: GraphNodes, facts: ConfigFacts) -> int:
+    """The longest sequence for which a graph computes what its model is, in tokens.
+
+    Model Builder 0.18 writes full attention for a model whose configuration gives a window
+    without saying which layers have it (mistral), and an export that was traced has the
+    rotary factors of the sequence that it was traced with. Up to the window, or the boundary
+    of the factors, such a graph is right.
+    """
+    length = facts.context_length
+    if facts.window is not None and nodes.windows and not any(nodes.windows):
+        length = min(length, facts.window)
+    if facts.rope_boundary is not None and nodes.rope_boundary is None:
+        length = min(length, facts.rope_boundary)
+    return length
+
+
+def _integer(data: Buffer, tensor: Field) -> int | None:
+    """The first value of an int64 tensor."""
+    for raw in _of(data, tensor.start, tensor.end, _TENSOR_RAW):
+        return int.from_bytes(data[raw.start : raw.start + 8], "little", signed=True)
+    for field in _of(data, tensor.start, tensor.end, _TENSOR_INTS):
+        return signed(next(packed_varints(data, field)))
+    return None
+
+
+def _of(data: Buffer, start: int, end: int, number: int) -> list[Field]:
+    return [
+        field
+        for field in fields(data, start, end)
+        if field.number == number and field.wire in (BYTES, VARINT)
+    ]
+
+
+def _text(data: Buffer, message: Field, number: int) -> str:
+    found = _of(data, message.start, message.end, number)
+    return bytes_of(data, found[0]).decode() if found else ""
