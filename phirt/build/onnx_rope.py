@@ -49,12 +49,13 @@ class RopeWriter:
     def _write(self, rope: Rotary, suffix: str) -> tuple[str, str]:
         length = self._config.context_length
         names = f"cos_cache{suffix}", f"sin_cache{suffix}"
-        if rope.boundary is None or length <= rope.boundary:
+        boundary = _boundary(rope, length)
+        if boundary is None:
             for name, table in zip(names, rope.tables(length), strict=True):
                 self._graph.initializer(name, table)
             return names
-        short, long = rope.tables(rope.boundary), rope.tables(length, "long")
-        first, end = self._write_rows(rope.boundary, suffix)
+        short, long = rope.tables(boundary), rope.tables(length, "long")
+        first, end = self._write_rows(boundary, suffix)
         for name, *parts in zip(names, short, long, strict=True):
             both = self._graph.initializer(f"{name}_short_and_long", np.concatenate(parts))
             rows = [both, first, end, self._graph.constant([0])]
@@ -76,4 +77,10 @@ class RopeWriter:
 
 def table_rows(rope: Rotary, context_length: int) -> int:
     """Rows that the tables of a rotary embedding have in the graph."""
-    return context_length + (rope.boundary or 0)
+    return context_length + (_boundary(rope, context_length) or 0)
+
+
+def _boundary(rope: Rotary, context_length: int) -> int | None:
+    """LongRoPE's boundary, where the context goes beyond it."""
+    is_crossed = rope.boundary is not None and context_length > rope.boundary
+    return rope.boundary if is_crossed else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -90,6 +92,17 @@ class TestAgainstTheFormulas:
         feeds["attention_mask"] = np.array([[i <= n for i in range(10)] for n in lengths], np.int64)
         (together,) = decoder.session.run(["logits"], feeds)
         np.testing.assert_allclose(together[:, 0], np.stack(alone), atol=1e-5)
+
+
+def test_longrope_in_a_context_that_ends_at_the_boundary_has_one_table(tmp_path):
+    config = replace(DECODERS["phi3"], context_length=32)
+    checkpoint = random_decoder(config)
+    decoder = written(checkpoint, tmp_path)
+    expected = numpy_logits(checkpoint, TOKENS[:32])
+    assert np.abs(decoder.logits(TOKENS[:32]) - expected).max() < 1e-4
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    tables = {t.name: tuple(t.dims) for t in graph.initializer if "_cache" in t.name}
+    assert tables == {"cos_cache": (32, 8), "sin_cache": (32, 8)}
 
 
 class TestPositions:

@@ -17,6 +17,7 @@ from phirt.testing import write_tiny_checkpoint
 from tests.build.onnx.runtime import OnnxDecoder
 
 genai = pytest.importorskip("onnxruntime_genai")
+genai.disable_telemetry_events()
 
 TOKENS = [int(i) for i in np.random.default_rng(5).integers(0, 320, 60)]
 
