@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from phirt.backends.base import BaseModel
 from phirt.backends.execution import Parallel
 from phirt.backends.openvino_cache import cache_key, checked_cache
-from phirt.backends.openvino_graph import DecoderGraph, describe, keep_last_logits
+from phirt.backends.openvino_graph import DecoderGraph, adapt
 from phirt.backends.openvino_runtime import EXTRA, NAME, first_line, import_openvino, translate
 from phirt.backends.openvino_session import OpenVinoSession
 from phirt.devices.names import DeviceName
@@ -38,7 +38,7 @@ from phirt.protocols import (
 )
 from phirt.types import Artifact
 
-__all__ = ["OpenVinoBackend"]
+__all__ = ["OpenVinoBackend", "OpenVinoModel"]
 
 _FORMAT = "openvino"
 _GRAPH = "openvino_model.xml"
@@ -153,8 +153,7 @@ class OpenVinoModel(BaseModel):
         self._ov = ov
         path = _graph_path(folder)
         model = _read(core, path)
-        keep_last_logits(model, str(path))
-        self.graph = describe(model, str(path))
+        self.graph = adapt(model, str(path))
         properties = _properties(target, options)
         key = cache_key(path, folder.artifact.weights_id, ov.get_version(), target)
         with _cached(key, properties) as cached:

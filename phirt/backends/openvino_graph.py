@@ -11,10 +11,10 @@ import numpy as np
 from phirt.backends.openvino_runtime import import_openvino
 from phirt.errors import ModelFormatError, UnsupportedModelError
 
-__all__ = ["KEEP_INPUT", "DecoderGraph", "State", "describe", "keep_last_logits"]
+__all__ = ["KEEP_INPUT", "DecoderGraph", "State", "adapt"]
 
 KEEP_INPUT = "logits_to_keep"
-"""The input that `keep_last_logits` adds, named as in transformers."""
+"""The input that `adapt` adds, named as in transformers."""
 
 _REQUIRED = frozenset({"input_ids", "attention_mask"})
 _OPTIONAL = frozenset({"position_ids", "beam_idx"})
@@ -47,29 +47,31 @@ class DecoderGraph:
 
     Attributes:
         inputs: Names of its inputs.
-        keeps: Whether it has the input `KEEP_INPUT`.
         cache: Per layer, the states of keys and of values; empty where the states are not
             those of plain attention, so that they cannot be cut or moved.
     """
 
     inputs: frozenset[str]
-    keeps: bool
     cache: tuple[tuple[State, State], ...]
 
 
-def describe(model: Any, source: str) -> DecoderGraph:
-    """Check a graph's inputs, outputs and states.
+def adapt(model: Any, source: str) -> DecoderGraph:
+    """Check a graph, and give it an input that says from how many last positions it makes logits.
+
+    Without that input, a long prompt's logits of every position would take gigabytes. A
+    graph whose end is not a plain LM head does without.
 
     Args:
-        model: The ``openvino.Model``.
+        model: The ``openvino.Model``, which is changed.
         source: What to call it in a message.
 
     Raises:
+        ModelFormatError: The graph contradicts itself.
         UnsupportedModelError: It is not a stateful decoder.
     """
     inputs = frozenset(value.get_any_name() for value in model.inputs)
     outputs = {name for value in model.outputs for name in value.get_names()}
-    unknown = inputs - _REQUIRED - _OPTIONAL - {KEEP_INPUT}
+    unknown = inputs - _REQUIRED - _OPTIONAL
     if _LOGITS not in outputs or not inputs >= _REQUIRED or unknown:
         raise UnsupportedModelError(
             f"{source} has the inputs {', '.join(sorted(inputs))} and the outputs "
@@ -82,7 +84,8 @@ def describe(model: Any, source: str) -> DecoderGraph:
             f"{source} has no states: it was exported without a KV cache. Export it again, "
             'with optimum-cli: --task text-generation-with-past, without "--disable-stateful".'
         )
-    return DecoderGraph(inputs, KEEP_INPUT in inputs, _cache_of(states))
+    keeps = _keep_last_logits(model, source)
+    return DecoderGraph(inputs | {KEEP_INPUT} if keeps else inputs, _cache_of(states))
 
 
 def _cache_of(states: list[Any]) -> tuple[tuple[State, State], ...]:
@@ -103,24 +106,12 @@ def _cache_of(states: list[Any]) -> tuple[tuple[State, State], ...]:
     return tuple((found[layer, "key"], found[layer, "value"]) for layer in layers)
 
 
-def keep_last_logits(model: Any, source: str) -> None:
-    """Give a graph an input that says from how many last positions it makes logits.
-
-    Without it, a long prompt's logits of every position would take gigabytes. A graph whose
-    end is not a plain LM head stays as it is.
-
-    Args:
-        model: The ``openvino.Model``, which is changed.
-        source: What to call it in a message.
-
-    Raises:
-        ModelFormatError: The graph contradicts itself.
-    """
+def _keep_last_logits(model: Any, source: str) -> bool:
     ov = import_openvino()
     ops = ov.opset13
     head = _find_head(model)
     if head is None:
-        return
+        return False
     keep = ops.parameter(ov.PartialShape([1]), ov.Type.i64, name=KEEP_INPUT)
     keep.get_output_tensor(0).set_names({KEEP_INPUT})
     one = ops.constant(np.array([1], np.int64))
@@ -132,6 +123,7 @@ def keep_last_logits(model: Any, source: str) -> None:
         model.validate_nodes_and_infer_types()
     except RuntimeError as error:
         raise ModelFormatError(f"OpenVINO finds {source} inconsistent: {error}") from error
+    return True
 
 
 def _find_head(model: Any) -> Any:
