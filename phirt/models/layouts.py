@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from phirt.errors import ModelError, ModelNotFoundError, UnsafeModelError, UnsupportedModelError
@@ -89,7 +90,8 @@ def held_formats(folder: Path) -> tuple[str, ...]:
         ModelFormatError: config.json or an index of safetensors is damaged.
         UnsafeModelError: One of them leads out of the folder.
     """
-    return tuple(name for name in FORMATS if _find(folder, name) is not None)
+    look = _Look(folder)
+    return tuple(name for name in FORMATS if look.find(name) is not None)
 
 
 def find_layout(folder: Path, formats: Sequence[str]) -> Layout:
@@ -105,8 +107,9 @@ def find_layout(folder: Path, formats: Sequence[str]) -> Layout:
         UnsafeModelError: It holds only pickles, or leads out of itself.
         UnsupportedModelError: It holds only others.
     """
+    look = _Look(folder)
     for name in formats:
-        layout = _find(folder, name)
+        layout = look.find(name)
         if layout is not None:
             return layout
     held = held_formats(folder)
@@ -149,38 +152,55 @@ def fingerprint(folder: Path, layout: Layout) -> str:
     return f"fingerprint:{digest.hexdigest()[:32]}"
 
 
-def _find(folder: Path, name: str) -> Layout | None:
-    if name == "onnx-genai":
-        return Layout(format=name) if (folder / GENAI_CONFIG_NAME).exists() else None
-    if name == "openvino":
-        graph = folder / _OPENVINO[0]
-        return Layout(format=name, model_path=graph) if graph.exists() else None
-    if not (folder / CONFIG_NAME).exists():
+class _Look:
+    """One look at a folder, which reads each directory and config.json once at most."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def find(self, name: str) -> Layout | None:
+        """The layout of that name, if the folder holds it."""
+        if name not in FORMATS:
+            raise ValueError(f"{name!r} is not one of {', '.join(FORMATS)}")
+        if name == "onnx-genai":
+            return Layout(format=name) if GENAI_CONFIG_NAME in self._names else None
+        if name == "openvino":
+            graph = self._folder / _OPENVINO[0]
+            return Layout(format=name, model_path=graph) if graph.name in self._names else None
+        if CONFIG_NAME not in self._names:
+            return None
+        if name == "onnx":
+            return self._find_onnx()
+        return Layout(format=name) if name == self._kind_of_safetensors else None
+
+    def _find_onnx(self) -> Layout | None:
+        places = {}
+        if _ONNX_FOLDER in self._names:
+            places[self._folder / _ONNX_FOLDER] = _names_in(self._folder / _ONNX_FOLDER)
+        if GENAI_CONFIG_NAME not in self._names:  # else the graph beside it is in that layout
+            places[self._folder] = self._names
+        for name, precision in _ONNX_NAMES.items():
+            for place, names in places.items():
+                if name in names:
+                    return Layout(format="onnx", model_path=place / name, precision=precision)
         return None
-    if name == "onnx":
-        return _find_onnx(folder)
-    if name in {"mlx", "safetensors"}:
-        resolve_inside(folder, CONFIG_NAME)
-        if weight_files(folder) and _is_quantized_by_mlx(folder) == (name == "mlx"):
-            return Layout(format=name)
-        return None
-    raise ValueError(f"{name!r} is not one of {', '.join(FORMATS)}")
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return _names_in(self._folder)
+
+    @cached_property
+    def _kind_of_safetensors(self) -> str | None:
+        """``"mlx"`` where mlx-lm packed the weights, which transformers cannot read."""
+        if not weight_files(self._folder):
+            return None
+        resolve_inside(self._folder, CONFIG_NAME)
+        packed = read_json(self._folder / CONFIG_NAME).get("quantization")
+        return "mlx" if packed else "safetensors"
 
 
-def _find_onnx(folder: Path) -> Layout | None:
-    places = [folder / _ONNX_FOLDER]
-    if not (folder / GENAI_CONFIG_NAME).exists():  # else the graph beside it is in that layout
-        places.append(folder)
-    for name, precision in _ONNX_NAMES.items():
-        for place in places:
-            if (place / name).exists():
-                return Layout(format="onnx", model_path=place / name, precision=precision)
-    return None
-
-
-def _is_quantized_by_mlx(folder: Path) -> bool:
-    """Whether mlx-lm packed the weights: transformers cannot read those."""
-    return bool(read_json(folder / CONFIG_NAME).get("quantization"))
+def _names_in(folder: Path) -> frozenset[str]:
+    return frozenset(entry.name for entry in folder.iterdir()) if folder.is_dir() else frozenset()
 
 
 def _files_of_weights(folder: Path, layout: Layout) -> Iterable[Path]:

@@ -154,8 +154,10 @@ def write_onnx_folder(folder: Path, *names: str) -> Path:
     write_hub_folder(folder)
     for name in names or ("onnx/model.onnx",):
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(onnx_model().SerializeToString())
-        (folder / f"{name}_data").write_bytes(WEIGHTS.tobytes())
+        data = folder / f"{name}_data"
+        graph = onnx_model(external_tensor(location=data.name))
+        (folder / name).write_bytes(graph.SerializeToString())
+        data.write_bytes(WEIGHTS.tobytes())
     return folder
 
 

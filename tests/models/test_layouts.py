@@ -15,6 +15,7 @@ from phirt.errors import (
 )
 from phirt.models.folder import FORMATS, held_formats, read_folder
 from phirt.models.manifest import write_manifest
+from phirt.models.onnx_safety import check_onnx_files
 from tests.models.model_files import (
     WEIGHTS,
     WRITERS,
@@ -254,6 +255,16 @@ class TestOnnx:
             model = write_onnx_folder(tmp_path / name.replace("/", "-"), name)
             ids.add(read_folder(model).artifact.weights_id)
         assert len(ids) == 2
+
+    def test_m10_its_files_are_checked_where_they_lie(self, tmp_path, link):
+        model = write_onnx_folder(tmp_path / "model")
+        for folder in (model, write_snapshot(model, tmp_path / "hub", link)):
+            graph = read_folder(folder).model_path
+            assert graph is not None
+            check_onnx_files(graph.parent, graph.name)
+            (folder / "onnx" / "model.onnx_data").unlink()
+            with pytest.raises(ModelNotFoundError, match=r"model\.onnx_data"):
+                check_onnx_files(graph.parent, graph.name)
 
     def test_the_graph_of_a_genai_folder_is_not_in_this_layout(self, tmp_path):
         model = write_model_folder(write_hub_folder(tmp_path / "model"))
