@@ -270,7 +270,7 @@ class MlxSession(BaseSession):
         config, total = self._model.config, self._held() + count
         kept = 2 * config.num_layers * config.num_kv_heads * config.head_size * (count + _BUCKET)
         rows = min(count, _CHUNK)
-        scores = 2 * config.num_heads * rows * total
+        scores = config.num_heads * rows * total
         width = 4 * config.hidden_size + 3 * config.intermediate_size
         check_host_memory(4 * (kept + scores + rows * width + logits * config.vocab_size), doing)
 
