@@ -8,11 +8,13 @@ from hashlib import sha256
 import numpy as np
 import pytest
 
-from phirt.build.convert import choose_precision, convert
+from phirt.build.convert import choose_precision, convert, estimate_bytes
 from phirt.build.gguf.checkpoint import GgufCheckpoint
-from phirt.errors import ModelFormatError, ModelNotFoundError
-from phirt.models.folder import read_folder
+from phirt.build.precision import FORMAT_PRECISIONS
+from phirt.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
+from phirt.models.folder import held_formats, read_folder
 from phirt.models.onnx_safety import check_onnx_files
+from phirt.testing import write_tiny_checkpoint
 from phirt.types import Progress
 from tests.build.onnx.oracle import transformers_logits, transformers_model
 from tests.build.onnx.runtime import OnnxDecoder
@@ -90,7 +92,60 @@ class TestFolder:
         assert counts[-1] == total
 
 
+SOURCES = ["a GGUF file", "a folder of safetensors"]
+CONVERSIONS = [
+    (layout, str(precision))
+    for layout, precisions in FORMAT_PRECISIONS.items()
+    for precision in precisions
+]
+
+
+class TestEveryLayout:
+    @pytest.fixture(params=SOURCES)
+    def source(self, request, tiny_q4_1_gguf, tmp_path):
+        if request.param == SOURCES[0]:
+            return tiny_q4_1_gguf
+        return write_tiny_checkpoint(tmp_path / "tiny", "llama")
+
+    @pytest.mark.parametrize(("layout", "precision"), CONVERSIONS)
+    def test_reads_back_as_what_it_is(self, source, layout, precision, out_dir):
+        convert(source, out_dir, layout=layout, precision=precision)
+        folder = read_folder(out_dir, formats=(layout,))
+        assert (folder.artifact.format, folder.artifact.precision) == (layout, precision)
+        assert folder.artifact.architecture == "llama"
+        assert folder.chat_template is not None
+        assert held_formats(out_dir) == (layout,)
+        if source.is_dir():
+            tokenizer = (source / "tokenizer.json").read_bytes()
+            assert (out_dir / "tokenizer.json").read_bytes() == tokenizer
+
+    @pytest.mark.parametrize(("layout", "precision"), CONVERSIONS)
+    def test_the_space_it_takes_is_bounded_beforehand(self, source, layout, precision, out_dir):
+        convert(source, out_dir, layout=layout, precision=precision)
+        taken = sum(path.stat().st_size for path in out_dir.iterdir())
+        assert taken < estimate_bytes(source, precision)
+
+    def test_the_same_weights_in_fp32_have_one_id_in_every_layout(self, source, tmp_path):
+        ids = set()
+        for layout in FORMAT_PRECISIONS:
+            out = tmp_path / f"out-{layout}"
+            out.mkdir()
+            convert(source, out, layout=layout, precision="fp32")
+            ids.add(read_folder(out, formats=(layout,)).artifact.weights_id)
+        assert len(ids) == 1
+
+
 class TestRefusals:
+    @pytest.mark.parametrize(
+        ("layout", "precision"), [("safetensors", "int8"), ("openvino", "bf16")]
+    )
+    def test_a_precision_that_a_layout_cannot_have(
+        self, tiny_q4_1_gguf, layout, precision, out_dir
+    ):
+        with pytest.raises(UnsupportedModelError, match=f"'{precision}'.*{layout}.*fp32"):
+            convert(tiny_q4_1_gguf, out_dir, layout=layout, precision=precision)
+        assert list(out_dir.iterdir()) == []
+
     def test_a_folder_that_is_not_empty(self, tiny_q4_1_gguf, out_dir):
         (out_dir / "mine.txt").write_text("mine")
         with pytest.raises(FileExistsError, match="not empty"):
