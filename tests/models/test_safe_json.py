@@ -108,7 +108,11 @@ if sys.platform != "win32":  # which has no named pipes in folders
 
 
 FIELDS = JsonFields(
-    {"a": {"b": 3, "flag": True, "name": "x", "half": "\ud800", "none": None}, "n": [1, 2]},
+    {
+        "a": {"b": 3, "flag": True, "name": "x", "half": "\ud800", "none": None},
+        "n": [1, 2],
+        "x": 0.5,
+    },
     source="f.json",
 )
 
@@ -122,6 +126,12 @@ def test_fields_by_dotted_path():
     assert FIELDS.optional_integer("a.none", minimum=0, maximum=9) is None
     assert FIELDS.optional_integer("no.such.field", minimum=0, maximum=9) is None
     assert FIELDS.mapping("nothing") == {}
+    assert FIELDS.number("a.b", minimum=0, maximum=3) == 3.0
+    assert FIELDS.number("x", minimum=0, maximum=1) == 0.5
+    assert FIELDS.optional_number("a.none", minimum=0, maximum=1) is None
+    assert FIELDS.numbers("n", minimum=0, maximum=9) == (1.0, 2.0)
+    assert FIELDS.boolean("a.flag") is True
+    assert FIELDS.boolean("a.none") is False
 
 
 @pytest.mark.parametrize(
@@ -132,6 +142,11 @@ def test_fields_by_dotted_path():
         (lambda: FIELDS.integer("a.none", minimum=0, maximum=9), "f.json lacks the field 'a.none'"),
         (lambda: FIELDS.integer("a.b.c", minimum=0, maximum=9), "'a.b' must be an object, not 3"),
         (lambda: FIELDS.integers("n", minimum=2, maximum=9), "must be between 2 and 9, not 1"),
+        (lambda: FIELDS.number("x", minimum=1, maximum=2), "'x' must be between 1 and 2, not 0.5"),
+        (lambda: FIELDS.number("a.flag", minimum=0, maximum=2), "must be a number, not True"),
+        (lambda: FIELDS.numbers("x", minimum=0, maximum=2), "must be a list of numbers, not 0.5"),
+        (lambda: FIELDS.numbers("no", minimum=0, maximum=2), "f.json lacks the field 'no'"),
+        (lambda: FIELDS.boolean("a.b"), "must be true or false, not 3"),
         (lambda: FIELDS.string("n"), "must be a string, not [1, 2]"),
         (lambda: FIELDS.string("a.name", max_length=0), "has 1 characters; at most 0"),
         (lambda: FIELDS.string("a.half"), "half of a surrogate pair"),
