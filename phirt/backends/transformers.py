@@ -121,6 +121,11 @@ def _load(
         return network.to(target)
     except ModelError:
         raise
+    except ImportError as error:
+        # transformers imports an architecture, and what it needs, only now.
+        raise BackendBrokenError(
+            f"Backend {BACKEND!r}: transformers cannot import what {path} needs: {error}"
+        ) from error
     # Building a model runs code of its architecture, which raises what it likes.
     except Exception as error:
         raise translate(error, f"loading {path}") from error

@@ -156,8 +156,9 @@ def _read_config(transformers: Any, folder: Path) -> Any:
         raise UnsupportedModelError(
             f"{folder}: transformers {transformers.__version__} knows no architecture {kind!r}."
         )
+    config_class = transformers.CONFIG_MAPPING[kind]
     try:
-        return transformers.CONFIG_MAPPING[kind].from_dict(document)
+        return config_class.from_dict(document)
     # Each architecture validates its own fields, and raises what it likes.
     except Exception as error:
         raise ModelFormatError(
