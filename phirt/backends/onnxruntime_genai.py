@@ -219,8 +219,9 @@ def _open(og: Any, config: Any, model_path: Path, device: DeviceName) -> Any:
     except Exception as error:
         if _NO_DEVICE.search(str(error)):
             raise DeviceNotAvailableError(
-                f"Device '{device}' is not available to backend {_NAME!r}: {first_line(error)} "
-                f'Install the build or plugin that serves it, or pass device="cpu".'
+                f"Device '{device}' is not available to backend {_NAME!r}: "
+                f"{first_line(error).rstrip('. ')}. Install the build or plugin that serves it, "
+                'or pass device="cpu".'
             ) from error
         if _BAD_GRAPH.search(str(error)):
             raise ModelFormatError(
