@@ -169,7 +169,7 @@ class OrtModel(BaseModel):
                 eos_token_ids=facts.eos_token_ids,
                 weights_id=folder.artifact.weights_id,
                 rope_boundary=nodes.rope_boundary,
-                window=facts.window,
+                window=nodes.window or facts.window,
             ),
             capabilities=self._capabilities(),
             execution=Parallel() if provider.is_cpu else InTurn(),

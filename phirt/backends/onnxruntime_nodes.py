@@ -54,6 +54,11 @@ class GraphNodes:
     least_capacity: int
     rope_boundary: int | None
 
+    @property
+    def window(self) -> int | None:
+        """The narrowest window, or None."""
+        return min((size for size in self.windows if size is not None), default=None)
+
 
 def read_nodes(path: Path) -> GraphNodes:
     """Walk a graph's nodes; weights are passed over.

@@ -55,7 +55,10 @@ class OrtSession(BaseSession):
 
     def _append(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
         count, limit = len(token_ids), self._model.tokens_per_run
-        if limit is None or count <= limit:
+        # Graphs choose LongRoPE's factors by the length of each run, so that the first call
+        # of a long session cannot be run in parts.
+        is_first_of_long = self._regime == "long" and self._length == 0
+        if limit is None or count <= limit or is_first_of_long:
             return self._step(token_ids, self._length, every_position=every_position)
         parts = []
         for start in range(0, count, limit):
@@ -93,15 +96,20 @@ class OrtSession(BaseSession):
             if graph.position_ids is not None:
                 positions: IntArray = np.arange(past, total, dtype=np.int64)[None]
                 binding.bind_cpu_input(graph.position_ids, positions)
-        self._bound_token = count == 1
+        # A device's input is copied when it is bound, so that it must be bound again.
+        self._bound_token = count == 1 and self._model.memory.on_host
         if graph.attention_mask is not None:
-            if total > self._mask.shape[1]:
-                width = -(-total // _MASK_BUCKET) * _MASK_BUCKET
-                self._mask = np.ones((1, width), np.int64)
-            binding.bind_cpu_input(graph.attention_mask, self._mask[:, :total])
+            binding.bind_cpu_input(graph.attention_mask, self._mask_of(total))
         if graph.use_cache_branch is not None and self._bound_branch != (past > 0):
             binding.bind_cpu_input(graph.use_cache_branch, np.array([past > 0]))
             self._bound_branch = past > 0
+
+    def _mask_of(self, total: int) -> IntArray:
+        """The mask of a sequence of ``total`` tokens, (1, width)."""
+        if total > self._mask.shape[1]:
+            width = -(-total // _MASK_BUCKET) * _MASK_BUCKET
+            self._mask = np.ones((1, width), np.int64)
+        return self._mask[:, :total]
 
     def _bind_logits(self, count: int, *, every_position: bool) -> bool:
         """Bind the output, and say whether it is the session's own one-row buffer."""
