@@ -1,0 +1,21 @@
+"""ONNX Runtime on the CPU under the suite, with graphs of phirt's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from phirt.backends.onnxruntime import OnnxRuntimeBackend
+from phirt.build.convert import convert
+from phirt.testing import BackendConformance
+
+pytest.importorskip("onnxruntime")
+
+
+class TestOnnxRuntime(BackendConformance):
+    backend = OnnxRuntimeBackend
+
+    def prepare(self, checkpoint: Path, out: Path) -> Path:
+        convert(checkpoint, out, layout="onnx-genai", precision="fp32")
+        return out

@@ -1,0 +1,22 @@
+"""onnxruntime-genai under the suite, with graphs of phirt's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from phirt.backends.onnxruntime_genai import OnnxRuntimeGenaiBackend
+from phirt.build.convert import convert
+from phirt.testing import BackendConformance
+
+pytest.importorskip("onnxruntime_genai")
+
+
+class TestOnnxRuntimeGenai(BackendConformance):
+    backend = OnnxRuntimeGenaiBackend
+    kv_partners = ("reference", "onnxruntime")
+
+    def prepare(self, checkpoint: Path, out: Path) -> Path:
+        convert(checkpoint, out, layout="onnx-genai", precision="fp32")
+        return out

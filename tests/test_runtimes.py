@@ -1,0 +1,98 @@
+"""Every runtime speaks every architecture as transformers does: greedy, in fp32, 48 tokens.
+
+The tokens of each runtime are judged in a full forward without a cache over prompt and
+answer, so that one close call does not hide what comes after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from phirt.build.convert import convert
+from phirt.dispatch.registry import get_backend
+from phirt.generation.loop import DecodeLoop
+from phirt.generation.params import GenerationParams
+from phirt.generation.params_resolved import GenerationDefaults
+from phirt.protocols import Accept, Backend, LoadedModel, LoadOptions
+from phirt.testing import DENSE_ARCHITECTURES, TINY_ARCHITECTURES, write_tiny_checkpoint
+from phirt.testing.subject import check_greedy, random_ids, read_artifact
+from tests.tiny_oracle import TransformersOracle
+
+RUNTIMES = ("onnxruntime", "onnxruntime-genai", "openvino", "mlx", "transformers", "reference")
+# What is there to be judged: phirt's converter writes dense decoders, so that a mixture of
+# experts runs where its checkpoint is read as it is.
+MIXTURES = ("mlx", "transformers")
+CELLS = [
+    (architecture, backend)
+    for architecture in TINY_ARCHITECTURES
+    for backend in (RUNTIMES if architecture in DENSE_ARCHITECTURES else MIXTURES)
+]
+# On either side of a window of 16, and of LongRoPE's boundary of 32, which three cross.
+PROMPTS = (20, 31, 32, 33, 60)
+NEW_TOKENS = 48
+TOLERANCE = 1e-3
+
+pytestmark = pytest.mark.oracle
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The tiny checkpoint of an architecture."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    return lambda architecture: write_tiny_checkpoint(root / architecture, architecture)
+
+
+@pytest.fixture(scope="module")
+def oracle(checkpoint) -> Callable[[str], TransformersOracle]:
+    """transformers with the tiny checkpoint of an architecture."""
+    known: dict[str, TransformersOracle] = {}
+
+    def get(architecture: str) -> TransformersOracle:
+        if architecture not in known:
+            known[architecture] = TransformersOracle(checkpoint(architecture))
+        return known[architecture]
+
+    return get
+
+
+def load(backend: Backend, checkpoint: Path, out: Path) -> LoadedModel:
+    """The checkpoint on a backend, in the layout that it likes best."""
+    folder = checkpoint
+    if "safetensors" not in backend.formats:
+        out.mkdir()
+        convert(checkpoint, out, layout=backend.formats[0], precision="fp32")
+        folder = out
+    artifact = read_artifact(backend, folder)
+    assert backend.accepts(artifact, "cpu") == Accept()
+    return backend.load(artifact, "cpu", LoadOptions(threads=1))
+
+
+@pytest.mark.parametrize(("architecture", "name"), CELLS)
+def test_greedy(architecture, name, checkpoint, oracle, tmp_path):
+    """Every token is transformers' best, but where two are within the tolerance."""
+    backend = get_backend(name)
+    if any(found.status == "missing" for found in backend.probe()):
+        pytest.skip(f"{name} is not installed")
+    model = load(backend, checkpoint(architecture), tmp_path / "converted")
+    params = GenerationParams(max_new_tokens=NEW_TOKENS, ignore_eos=True, temperature=0)
+    faults = []
+    for length in PROMPTS:
+        prompt = random_ids(length, seed=length)
+        loop = DecodeLoop(model, prompt, params, defaults=GenerationDefaults())
+        ids = prompt + [step.token_id for step in loop]
+        assert len(ids) == length + NEW_TOKENS
+        faults += [
+            f"prompt of {length}: {fault}"
+            for fault in check_greedy(
+                oracle(architecture).logits,
+                ids,
+                prompt_length=length,
+                rope_boundary=32 if architecture == "phi3" else None,
+                tolerance=2 * TOLERANCE,  # Either of two logits may be off by one.
+            )
+        ]
+    model.close()
+    assert not faults, f"{name} x {architecture}: " + "\n".join(faults)
