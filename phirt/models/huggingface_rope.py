@@ -129,14 +129,15 @@ def read_rotary(config: Mapping[str, Any], *, head_size: int, source: str) -> Ro
         return Rotary(theta=theta, dim=dim, factors=np.full(dim // 2, scale, np.float32))
     if kind == "llama3":
         context = _original_context(config, parameters, source)
-        return Rotary(theta=theta, dim=dim, factors=_llama3_factors(fields, theta, dim, context))
+        factors = _llama3_factors(fields, theta, dim, context, source)
+        return Rotary(theta=theta, dim=dim, factors=factors)
     if kind == "longrope":
         boundary = _original_context(config, parameters, source)
         return Rotary(
             theta=theta,
             dim=dim,
-            factors=_divisors(fields, "short_factor", dim),
-            long_factors=_divisors(fields, "long_factor", dim),
+            factors=_divisors(fields, "short_factor", dim, source),
+            long_factors=_divisors(fields, "long_factor", dim, source),
             boundary=boundary,
             attention_factor=_attention_factor(config, fields, boundary, source),
         )
@@ -151,7 +152,8 @@ def read_local_rotary(config: Mapping[str, Any], *, head_size: int, source: str)
     fields = JsonFields(config, source=source)
     local = dict(fields.mapping(f"rope_parameters.{_SLIDING}"))
     if local.get("rope_theta") is None:
-        local["rope_theta"] = config.get("rope_local_base_freq") or _DEFAULT_THETA
+        given = config.get("rope_local_base_freq")
+        local["rope_theta"] = _DEFAULT_THETA if given is None else given
     kind = local.get("rope_type") or local.get("type") or "default"
     if kind != "default":
         _refuse(f"rotary scaling of type {kind!r:.80} in layers with a window", source)
@@ -206,31 +208,32 @@ def _original_context(config: Mapping[str, Any], parameters: Mapping[str, Any], 
     return fields.integer("max_position_embeddings", minimum=2, maximum=_MAX_CONTEXT)
 
 
-def _llama3_factors(fields: JsonFields, theta: float, dim: int, context: int) -> FloatArray:
-    """Llama 3's divisors: none for short waves, all for long ones, a blend between.
+def _llama3_factors(
+    fields: JsonFields, theta: float, dim: int, context: int, source: str
+) -> FloatArray:
+    """Llama 3's divisors: 1 for short waves, ``factor`` for long ones, a blend between.
 
-    The formula is that of Llama 3.1's reference code (``apply_scaling``), in float32 as in
-    `transformers`, so that the same pairs count as short, long and between.
+    A wave is as many tokens as a pair needs for one turn. Between ``context / high`` and
+    ``context / low`` frequencies are interpolated by ``context / wave`` (``apply_scaling``
+    in Llama 3.1's reference code).
     """
     factor = fields.number("factor", minimum=_SMALLEST, maximum=_LARGEST)
     low = fields.number("low_freq_factor", minimum=_SMALLEST, maximum=_LARGEST)
     high = fields.number("high_freq_factor", minimum=_SMALLEST, maximum=_LARGEST)
     if high <= low:
         raise ModelFormatError(
-            f"high_freq_factor ({high:g}) must be above low_freq_factor ({low:g})."
+            f"{source}: high_freq_factor ({high:g}) must be above low_freq_factor ({low:g})."
         )
-    waves = np.float32(2 * math.pi) / Rotary(theta=theta, dim=dim).frequencies()
-    smooth = (np.float32(context) / waves - np.float32(low)) / np.float32(high - low)
-    blend = 1 / ((1 - smooth) / np.float32(factor) + smooth)
-    factors = np.where(waves < context / high, 1, blend)
-    return np.asarray(np.where(waves > context / low, factor, factors), np.float32)
+    waves = 2 * math.pi / Rotary(theta=theta, dim=dim).frequencies().astype(np.float64)
+    kept = np.clip((context / waves - low) / (high - low), 0, 1)
+    return np.asarray(1 / ((1 - kept) / factor + kept), np.float32)
 
 
-def _divisors(fields: JsonFields, name: str, dim: int) -> FloatArray:
+def _divisors(fields: JsonFields, name: str, dim: int, source: str) -> FloatArray:
     divisors = fields.numbers(name, minimum=_SMALLEST, maximum=_LARGEST)
     if len(divisors) != dim // 2:
         raise ModelFormatError(
-            f"{name} has {len(divisors):,} divisors; {dim // 2:,} pairs of a head rotate."
+            f"{source}: {name} has {len(divisors):,} divisors; {dim // 2:,} pairs of a head rotate."
         )
     return np.array(divisors, np.float32)
 

@@ -274,6 +274,8 @@ class TestDecoder:
             (LLAMA_3_2, {"rms_norm_eps": -1}),
             (LLAMA_3_2, {"rope_theta": 0}),
             (LLAMA_3_2, {"rope_scaling": {"rope_type": "llama3"}}),
+            (LLAMA_3_2, {"rope_scaling": LLAMA_3_2["rope_scaling"] | {"low_freq_factor": 4}}),
+            (GEMMA_3_1B, {"rope_local_base_freq": 0}),
             (LLAMA_3_2, {"rope_scaling": {"rope_type": "linear", "factor": 0}}),
             (LLAMA_3_2, {"tie_word_embeddings": "yes"}),
             (MISTRAL_7B, {"sliding_window": 0}),
@@ -286,7 +288,7 @@ class TestDecoder:
         ],
     )
     def test_m12_numbers_that_cannot_be_right_are_typed_errors(self, decoder, document, changes):
-        with pytest.raises(ModelFormatError):
+        with pytest.raises(ModelFormatError, match=r"config\.json"):
             decoder(document, **changes)
 
     def test_m14_hostile_json_is_a_typed_error(self, tmp_path):
