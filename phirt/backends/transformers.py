@@ -52,11 +52,11 @@ class TransformersBackend:
         """What is installed; torch is imported only where it may find an accelerator."""
         try:
             versions = find_versions()
+            names = ["cpu", *find_accelerators()]
         except BackendNotInstalledError as error:
             return [Availability("cpu", "missing", str(error), INSTALL)]
         except BackendBrokenError as error:
             return [Availability("cpu", "broken", str(error), INSTALL)]
-        names = ["cpu", *find_accelerators()]
         return [Availability(name, "found", versions) for name in names]
 
     def accepts(self, artifact: Artifact, device: str) -> Accept | Reject:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,7 @@ from phirt.models.safetensors import SafetensorsFolder
 __all__ = ["find_objection", "load_network", "quiet"]
 
 _logger = logging.getLogger(__name__)
+_quiet = threading.Lock()
 
 # Instructions to the loader, not facts about the architecture: they name code, packages,
 # kernels or files to get.
@@ -40,7 +42,7 @@ _INSTRUCTIONS = frozenset(
         "use_kernels",
     }
 )
-_QUANTIZED = ("quantization_config", "compression_config")
+_QUANTIZED = ("quantization_config", "quantization", "compression_config")
 # Where a module has a list of so many parts, building it takes minutes before a single
 # weight is looked at. Real models stay below a thousand.
 _MOST_PARTS = 4096
@@ -133,9 +135,12 @@ def load_network(
 
 @contextmanager
 def quiet(transformers: Any) -> Iterator[None]:
-    """Keep transformers' warnings and progress bars from the terminal, for a while."""
+    """Keep transformers' warnings and progress bars from the terminal, for a while.
+
+    One at a time: the settings are the process's, and are put back as they were found.
+    """
     settings = transformers.utils.logging
-    with ExitStack() as stack:
+    with _quiet, ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.callback(settings.set_verbosity, settings.get_verbosity())

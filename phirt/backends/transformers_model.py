@@ -210,6 +210,7 @@ class TransformersSession(BaseSession):
         self._cache = SessionCache(
             model.torch, model.transformers, model.shapes, max_length=max_length
         )
+        self._interrupted = self._cache.interrupted
         self._reserve(min(expected_length, max_length))
 
     def _append(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
@@ -238,7 +239,7 @@ class TransformersSession(BaseSession):
         self._cache.truncate(length)
 
     def _interrupt(self) -> None:
-        self._cache.interrupted.set()
+        self._interrupted.set()
 
     def _export_kv(self) -> list[KVLayer]:
         return self._cache.export()
