@@ -70,6 +70,9 @@ _NO_DEVICE = re.compile(
     r"not supported in this build|not been built with|interface not available|devices? matched",
     re.IGNORECASE,
 )
+# What must be on the device for a model to count as running there. The rest, lengths and masks
+# of a few integers, belongs on the CPU: providers leave it there on purpose.
+_HEAVY = re.compile(r"MatMul|Gemm|Attention|MoE")
 # Where genai refuses to append to a cache that is not empty (its SupportsContinuousDecoding).
 _APPEND_ONCE = ("directml", "npu")
 
@@ -242,13 +245,21 @@ def _try_out(
             logits = generator.get_output(generators.logits_name)
         except Exception as error:
             raise translate(error, f"running the model on '{device}'") from error
-        nodes = _count_nodes(Path(scratch))
-    if nodes and provider.execution_provider not in nodes:
+        kernels = _read_profile(Path(scratch))
+    nodes = Counter(provider for provider, _ in kernels)
+    strays = sorted(
+        {op for name, op in kernels if name != provider.execution_provider and _HEAVY.search(op)}
+    )
+    if strays or (nodes and provider.execution_provider not in nodes):
+        found = ", ".join(f"{count} nodes on {name}" for name, count in nodes.items())
+        off = f", among them {' and '.join(strays)} off the device" if strays else ""
         raise DevicePlacementError(
-            f"Device '{device}' was asked for ({provider.execution_provider}), but every node "
-            f"runs on {', '.join(nodes)}."
+            f"Device '{device}' was asked for, which is {provider.execution_provider}, but "
+            f"onnxruntime ran {found}{off}. Use a graph made for this provider, or another device."
         )
-    placement = Placement(device=str(device), provider=provider.execution_provider, nodes=nodes)
+    placement = Placement(
+        device=str(device), provider=provider.execution_provider, nodes=dict(nodes)
+    )
     return placement, logits.shape[1] == 1
 
 
@@ -283,16 +294,16 @@ def _capabilities(*, append_once: bool, last_only: bool) -> Capabilities:
     return Capabilities(truncate=True, verify="verify" not in lacks, interrupt=True, lacks=lacks)
 
 
-def _count_nodes(folder: Path) -> dict[str, int]:
-    """Nodes per execution provider, of the profile in a folder; empty if there is none."""
-    nodes: Counter[str] = Counter()
+def _read_profile(folder: Path) -> list[tuple[str, str]]:
+    """Execution provider and operator of each kernel that ran; empty if there is no profile."""
+    kernels = []
     for file in folder.iterdir():
         try:
             events = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
-            return {}
+            return []
         for event in events:
-            provider = event.get("args", {}).get("provider")
-            if event.get("cat") == "Node" and provider:
-                nodes[provider] += 1
-    return dict(nodes)
+            details = event.get("args", {})
+            if event.get("cat") == "Node" and details.get("provider"):
+                kernels.append((details["provider"], details.get("op_name", "")))
+    return kernels

@@ -452,10 +452,27 @@ class TestDevices:
         assert (placement.device, placement.provider) == ("cpu", "CPUExecutionProvider")
         assert placement.nodes["CPUExecutionProvider"] > 20
 
-    def test_a_graph_that_ran_elsewhere(self, written, monkeypatch):
-        monkeypatch.setattr(onnxruntime_genai, "_count_nodes", lambda folder: {"OtherProvider": 9})
-        with pytest.raises(DevicePlacementError, match="every node runs on OtherProvider"):
+    @pytest.mark.parametrize(
+        ("kernels", "message"),
+        [
+            ([("OtherProvider", "Add")] * 9, "ran 9 nodes on OtherProvider. Use"),
+            (
+                [("CPUExecutionProvider", "Add"), ("OtherProvider", "FusedMatMul")],
+                "1 nodes on OtherProvider, among them FusedMatMul off the device",
+            ),
+        ],
+        ids=["all-of-it", "a-product-of-matrices"],
+    )
+    def test_a_graph_that_ran_elsewhere(self, written, monkeypatch, kernels, message):
+        monkeypatch.setattr(onnxruntime_genai, "_read_profile", lambda folder: kernels)
+        with pytest.raises(DevicePlacementError, match=message):
             load(written("llama"))
+
+    def test_small_things_may_run_elsewhere(self, written, monkeypatch):
+        kernels = [("CPUExecutionProvider", "MatMul"), ("OtherProvider", "Shape")]
+        monkeypatch.setattr(onnxruntime_genai, "_read_profile", lambda folder: kernels)
+        nodes = load(written("llama")).placement().nodes
+        assert nodes == {"CPUExecutionProvider": 1, "OtherProvider": 1}
 
     def test_a_build_with_cuda_offers_it(self, monkeypatch):
         fake = SimpleNamespace(
