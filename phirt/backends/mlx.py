@@ -15,9 +15,10 @@ import numpy as np
 
 from phirt.backends.base import import_runtime
 from phirt.backends.mlx_config import MlxConfig, read_mlx_config
+from phirt.backends.mlx_decoder import Decoder
 from phirt.backends.mlx_memory import check_host_memory, translate
 from phirt.backends.mlx_model import MlxModel, MlxTarget
-from phirt.backends.mlx_modules import Decoder, build_decoder, import_model_module
+from phirt.backends.mlx_modules import build_decoder, import_model_module
 from phirt.devices.names import DeviceName
 from phirt.errors import (
     BackendBrokenError,

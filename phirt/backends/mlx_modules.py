@@ -1,9 +1,6 @@
-"""Decoders as MLX modules: the classes of mlx-lm, put right where they compute something else.
+"""Decoders as MLX modules: the classes of mlx-lm, filled with weights that phirt has read.
 
-Only the *layers* of mlx-lm's models are used. What surrounds them (which mask and which rotary
-frequencies each layer gets, how the embedding is scaled, which positions reach the LM head) is
-done here, because mlx-lm gives no window to mistral, qwen and phi3, knows only the long factors
-of LongRoPE, and rounds Gemma's embedding scale to bfloat16.
+Nothing of a folder reaches mlx-lm but checked numbers and arrays.
 """
 
 from __future__ import annotations
@@ -12,16 +9,15 @@ import importlib
 import importlib.util
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from phirt.backends.mlx_config import MlxConfig, Quantization
+from phirt.backends.mlx_decoder import Decoder
 from phirt.errors import BackendBrokenError, BackendNotInstalledError, ModelFormatError
-from phirt.models.rotary import Rotary
-from phirt.protocols import RopeRegime
 
-__all__ = ["Decoder", "build_decoder", "import_model_module"]
+__all__ = ["build_decoder", "import_model_module"]
 
 _ALIAS = "_phirt_mlx_lm_models"
 _import_lock = threading.Lock()
@@ -95,44 +91,6 @@ def _load_package(folder: Path) -> None:
         raise
 
 
-class _Rope:
-    """Turns queries and keys; takes the place of the rotary module of mlx-lm's layers.
-
-    Which of LongRoPE's factors it uses is set before every forward pass, by `Decoder`.
-
-    Args:
-        mx: The module ``mlx.core``.
-        rotary: Frequencies and factors.
-    """
-
-    def __init__(self, mx: Any, rotary: Rotary) -> None:
-        self._mx = mx
-        self._dim = rotary.dim
-        self._scale = rotary.attention_factor
-        # MLX takes wavelengths where others take frequencies.
-        short = mx.array(1 / rotary.frequencies("short"))
-        has_long = rotary.long_factors is not None
-        long = mx.array(1 / rotary.frequencies("long")) if has_long else short
-        self._wavelengths: dict[RopeRegime, Any] = {"short": short, "long": long}
-        mx.eval(short, long)
-        self.regime: RopeRegime = "short"
-
-    def __call__(self, x: Any, offset: int = 0) -> Any:
-        """Turn ``x``, shape (1, heads, n, head_size), whose first position is ``offset``."""
-        if self._scale != 1.0:
-            # A rotation is linear: scaling what is turned scales cosines and sines.
-            x = x.at[..., : self._dim].multiply(self._scale)
-        return self._mx.fast.rope(
-            x,
-            self._dim,
-            traditional=False,
-            base=None,
-            scale=1.0,
-            offset=offset,
-            freqs=self._wavelengths[self.regime],
-        )
-
-
 def build_decoder(
     mx: Any,
     config: MlxConfig,
@@ -166,7 +124,7 @@ def build_decoder(
             f"{str(error).splitlines()[0]:.300}"
         ) from error
     mx.eval(model.parameters())
-    return Decoder(mx, model, config)
+    return Decoder(mx, model, config.decoder)
 
 
 def _arguments(config: MlxConfig) -> dict[str, Any]:
@@ -257,84 +215,3 @@ def _quantize(
         mode="affine",
         class_predicate=parameters,
     )
-
-
-class Decoder:
-    """A decoder in MLX: from token ids to logits, over a cache.
-
-    Every call must come from the thread that built it.
-
-    Args:
-        mx: The module ``mlx.core``.
-        model: mlx-lm's model, with its weights.
-        config: Shape and constants.
-
-    Attributes:
-        dtype: What activations are computed in.
-    """
-
-    def __init__(self, mx: Any, model: Any, config: MlxConfig) -> None:
-        self._mx = mx
-        self._config = config.decoder
-        self._embedding = model.model.embed_tokens
-        self.dtype = self._embedding(mx.array([0])).dtype
-        self._layers = list(model.model.layers)
-        self._norm = model.model.norm
-        tied = config.decoder.tie_word_embeddings
-        self._head = model.model.embed_tokens.as_linear if tied else model.lm_head
-        self._ropes = [_Rope(mx, config.decoder.rope)]
-        if config.decoder.local_rope is not None:
-            self._ropes.append(_Rope(mx, config.decoder.local_rope))
-        for index, layer in enumerate(self._layers):
-            is_local = config.decoder.rope_of(index) is not config.decoder.rope
-            layer.self_attn.rope = self._ropes[is_local]
-            layer.self_attn.scale = config.decoder.scale
-
-    def forward(
-        self,
-        token_ids: Sequence[int],
-        caches: Sequence[Any],
-        *,
-        regime: RopeRegime | None,
-        every_position: bool,
-        between_layers: Callable[[], None] | None = None,
-    ) -> Any:
-        """Append tokens to the caches and compute their logits.
-
-        Args:
-            token_ids: n tokens.
-            caches: A cache of mlx-lm's interface for every layer.
-            regime: Which of LongRoPE's factors to use.
-            every_position: Whether to make logits of all of them, or of the last.
-            between_layers: Called after each layer, whose result is computed by then. Without
-                it the layers are computed in one go.
-
-        Returns:
-            Logits, (n or 1, vocab), float32, not yet computed.
-        """
-        mx = self._mx
-        for rope in self._ropes:
-            rope.regime = regime or "short"
-        x = self._embedding(mx.array([list(token_ids)]))
-        if self._config.embedding_scale != 1.0:
-            x = x * mx.array(self._config.embedding_scale, x.dtype)
-        masks = dict(self._masks(len(token_ids), caches[0].offset))
-        for index, (layer, cache) in enumerate(zip(self._layers, caches, strict=True)):
-            x = layer(x, masks[self._config.window_of(index)], cache)
-            if between_layers is not None:
-                mx.eval(x)
-                between_layers()
-        if not every_position:
-            x = x[:, -1:]
-        return self._head(self._norm(x))[0].astype(mx.float32)
-
-    def _masks(self, count: int, start: int) -> Iterator[tuple[int | None, Any]]:
-        """For each width of window, the mask of ``count`` positions from ``start`` on."""
-        mx, total = self._mx, start + count
-        for window in {None, *self._config.windows}:
-            if window is None or total <= window:
-                yield window, None if count == 1 else "causal"
-                continue
-            queries = mx.arange(start, total)[:, None]
-            keys = mx.arange(total)[None]
-            yield window, (keys <= queries) & (keys > queries - window)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phirt.backends import mlx_model
+from phirt.backends import mlx_session
 from phirt.backends.base import HostLogits
 from phirt.backends.mlx import MlxBackend
 from phirt.backends.mlx_model import MlxModel
@@ -138,7 +138,7 @@ class TestMeansWhatTransformersMeans:
             model = load(folders[architecture])
             whole = verify(model, ids)
             with monkeypatch.context() as patch:
-                patch.setattr(mlx_model, "_CHUNK", 7)
+                patch.setattr(mlx_session, "_CHUNK", 7)
                 np.testing.assert_allclose(verify(model, ids), whole, atol=1e-4)
             model.close()
 
@@ -460,6 +460,12 @@ class TestAFolderIsData:
             load(folder)
 
 
+_QUESTION = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n<|im_start|>user\nWhat is the capital of France?<|im_end|>\n"
+    "<|im_start|>assistant\n"
+)
+
 _LOAD_ALONE = """
 import resource, sys
 before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -522,6 +528,34 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     monkeypatch.setattr("phirt.backends.mlx_memory.mmap", SimpleNamespace(mmap=full))
     with pytest.raises(OutOfMemoryError, match="loading"):
         load(folders["llama"])
+
+
+@pytest.mark.model
+@pytest.mark.oracle
+@pytest.mark.slow
+def test_the_default_model_answers_as_transformers_does(
+    tmp_path: Path, smollm2_gguf: Path, smollm2_oracle: Any
+) -> None:
+    import torch
+    from tokenizers import Tokenizer
+
+    from phirt.build.convert import convert
+
+    convert(smollm2_gguf, tmp_path, layout="safetensors", precision="fp32")
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    ids: list[int] = tokenizer.encode(_QUESTION, add_special_tokens=False).ids
+    model = load(tmp_path)
+    session = model.new_session(max_length=100, expected_length=60)
+    rows, count = [session.prefill(ids).numpy()], len(ids)
+    while (token := int(rows[-1][0].argmax())) not in model.info.eos_token_ids:
+        rows.append(session.decode(token).numpy())
+        ids.append(token)
+    assert tokenizer.decode(ids[count:]) == "The capital of France is Paris."
+    with torch.inference_mode():
+        expected = smollm2_oracle(torch.tensor([ids])).logits[0, count - 1 :].numpy()
+    np.testing.assert_allclose(np.concatenate(rows), expected, atol=TOLERANCE)
+    session.close()
+    model.close()
 
 
 def run(program: str, folder: Path) -> str:

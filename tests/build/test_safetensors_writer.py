@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from phirt.build.huggingface_config import config_document
 from phirt.build.safetensors_writer import write_safetensors
 from phirt.errors import UnsupportedModelError
 from phirt.types import FloatArray
@@ -151,3 +152,25 @@ def test_transformers_reads_16_bits_as_they_were_rounded(tmp_path, precision):
         numpy_logits(checkpoint, ids),
         atol=0.02 if precision == "fp16" else 0.2,
     )
+
+
+@pytest.mark.model
+@pytest.mark.oracle
+@pytest.mark.slow
+def test_the_default_model_is_what_transformers_reads_from_its_gguf(
+    tmp_path, smollm2_gguf, smollm2_oracle
+):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from phirt.build.gguf.checkpoint import GgufCheckpoint
+
+    with GgufCheckpoint(smollm2_gguf) as checkpoint:
+        write_safetensors(checkpoint, tmp_path / "model.safetensors", precision="fp32")
+        document = config_document(checkpoint.config)
+    (tmp_path / "config.json").write_text(json.dumps(document))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.from_numpy(np.random.default_rng(0).integers(20, 40_000, (1, 60)))
+    with torch.inference_mode():
+        found, expected = (network(ids).logits for network in (model, smollm2_oracle))
+    assert float((found - expected).abs().max()) < 1e-3

@@ -1,0 +1,206 @@
+"""Sequences that MLX decodes together: one pass over the weights for one token of each.
+
+Every row keeps caches of its own. A step pads their keys and values to the longest row, which
+reads them once more than a shared buffer would, and leaves each row what it is alone: it can be
+prefilled, truncated, exported or closed between two steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from phirt.backends.mlx_memory import check_host_memory, translate
+from phirt.backends.mlx_session import MlxLogits, MlxSession
+from phirt.errors import ContextLengthError, PhirtError, SessionClosedError
+from phirt.protocols import Logits, Session
+
+if TYPE_CHECKING:
+    from phirt.backends.mlx_model import MlxModel
+
+__all__ = ["MlxPool"]
+
+
+class MlxPool:
+    """Rows of one model (a `phirt.protocols.KVPool`).
+
+    Args:
+        model: The model.
+        slots: Rows.
+        capacity: Most tokens that one row will ever hold.
+        expected_length: Tokens that a row is made for at first.
+    """
+
+    def __init__(self, model: MlxModel, *, slots: int, capacity: int, expected_length: int) -> None:
+        self._model = model
+        self._slots = slots
+        self._limit = capacity
+        self._capacity = min(expected_length, capacity)
+        self._rows: list[_Row] = []
+        self._closed = False
+
+    @property
+    def slots(self) -> int:
+        """Rows."""
+        return self._slots
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each row has room for at least."""
+        return self._capacity
+
+    def acquire(self) -> Session:
+        """A session on a free row.
+
+        Raises:
+            ValueError: No row is free.
+        """
+        self._check_open()
+        if len(self._rows) == self._slots:
+            raise ValueError(f"All {self._slots} rows of the pool are taken; close a session.")
+        row = self._model.execution.run(
+            lambda: _Row(self._model, max_length=self._limit, expected_length=self._capacity)
+        )
+        row.rows = self._rows
+        self._rows.append(row)
+        return row
+
+    def decode(self, sessions: Sequence[Session], token_ids: Sequence[int]) -> Logits:
+        """Append one token to each of several sessions; one row of logits for each.
+
+        Raises:
+            ValueError: A session is empty, is named twice or is not of this pool, or a token
+                is not of the vocabulary. Nothing has changed.
+            ContextLengthError: A row is full. Nothing has changed.
+        """
+        rows = self._own(sessions)
+        self._check_step(rows, token_ids)
+        try:
+            logits = self._model.run(lambda: self._step(rows, token_ids))
+        except BaseException:
+            for row in rows:
+                row.fail()  # Some of its layers may hold the token, and others not.
+            raise
+        for row in rows:
+            row.advance()
+        return MlxLogits(self._model, logits)
+
+    def reorder(self, sessions: Sequence[Session], sources: Sequence[Session]) -> None:
+        """Make each session a copy of its source, all at once; nothing is moved."""
+        rows, origins = self._own(sessions), self._known(sources)
+        if len(origins) != len(rows):
+            raise ValueError(f"{len(rows)} sessions were given {len(origins)} sources.")
+
+        def copy() -> None:
+            # All are taken before the first is written: a source may be overwritten too.
+            taken = [(origin.share(), origin.length) for origin in origins]
+            for row, (layers, length) in zip(rows, taken, strict=True):
+                row.become(layers, length)
+
+        self._model.run(copy)
+
+    def grow(self, capacity: int) -> None:
+        """Give every row room for ``capacity`` tokens. Caches grow when they are written to."""
+        self._check_open()
+        if capacity > self._limit:
+            raise ContextLengthError(
+                f"The pool was made for rows of {self._limit} tokens; {capacity} is more.",
+                required=capacity,
+                available=self._limit,
+            )
+        self._capacity = max(self._capacity, capacity)
+
+    def close(self) -> None:
+        """Close every session. Calling it again does nothing."""
+        self._closed = True
+        for row in list(self._rows):
+            row.close()
+
+    def _step(self, rows: Sequence[_Row], token_ids: Sequence[int]) -> Any:
+        target, config = self._model.target, self._model.config
+        longest = max(row.length for row in rows) + 1
+        if target.is_host:
+            # A layer's padded keys and values, and the masks.
+            padded = 2 * config.num_kv_heads * config.head_size * longest
+            size = 4 * len(rows) * (padded + longest + config.vocab_size)
+            check_host_memory(size, f"decoding {len(rows)} rows")
+        try:
+            logits = self._model.loaded_decoder.step(
+                token_ids, [row.caches for row in rows], regime=rows[0].regime
+            )
+            target.mx.eval(logits, [cache.state[:2] for row in rows for cache in row.caches])
+        except PhirtError:
+            raise
+        except Exception as error:
+            raise translate(error, f"decoding {len(rows)} rows") from error
+        return logits
+
+    def _check_step(self, rows: Sequence[_Row], token_ids: Sequence[int]) -> None:
+        if not rows or len(token_ids) != len(rows):
+            raise ValueError(f"{len(rows)} sessions were given {len(token_ids)} tokens.")
+        self._model.check_tokens(token_ids)
+        for row in rows:
+            row.check_open()
+            if row.length == 0:
+                raise ValueError("A session of the batch is empty; prefill it first.")
+            if row.length >= self._limit:
+                raise ContextLengthError(
+                    f"A session of the batch holds {row.length} tokens, all that it was made for.",
+                    required=row.length + 1,
+                    available=self._limit,
+                )
+
+    def _own(self, sessions: Sequence[Session]) -> list[_Row]:
+        rows = self._known(sessions)
+        if len({id(row) for row in rows}) != len(rows):
+            raise ValueError("The sessions of one call must be distinct.")
+        return rows
+
+    def _known(self, sessions: Sequence[Session]) -> list[_Row]:
+        self._check_open()
+        known = [row for session in sessions for row in self._rows if row is session]
+        if len(known) != len(sessions):
+            raise ValueError("A session is not of this pool, or is closed.")
+        return known
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SessionClosedError("The pool is closed; make a new one.")
+
+
+class _Row(MlxSession):
+    """A session that takes part in the steps of its pool.
+
+    Attributes:
+        rows: The pool's rows, which it leaves when it is closed.
+    """
+
+    rows: list[_Row]
+
+    def advance(self) -> None:
+        """A step appended one token."""
+        self._length += 1
+
+    def fail(self) -> None:
+        """A step ended in the middle."""
+        self._state = "failed"
+
+    def check_open(self) -> None:
+        """Raise `SessionClosedError` if it cannot take part."""
+        self._check_open()
+
+    def share(self) -> list[tuple[Any, Any]]:
+        """Keys and values of every layer, which nothing that happens to this row changes."""
+        # MLX writes into the array that it is given; a slice is an array of its own, and
+        # shares the memory until one of them is written to.
+        return [(cache.keys[:], cache.values[:]) for cache in self.caches]
+
+    def become(self, layers: Sequence[tuple[Any, Any]], length: int) -> None:
+        """Hold these keys and values."""
+        for cache, (keys, values) in zip(self.caches, layers, strict=True):
+            cache.keys, cache.values, cache.offset = keys, values, length
+        self._length = length
+
+    def _free(self) -> None:
+        super()._free()
+        self.rows.remove(self)
