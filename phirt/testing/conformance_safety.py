@@ -28,15 +28,23 @@ __all__ = ["SafetyConformance"]
 
 _CODE_NAMES = ("planted.py", "modeling_planted.py", "__init__.py", "sitecustomize.py")
 _PICKLE_NAMES = ("pytorch_model.bin", "model.pt", "weights.pkl", "training_args.bin", "rng.pth")
-_PLANTED_CONFIG: dict[str, Any] = {
+# By the file that it is added to. Only mlx-lm knows "model_file", and phirt refuses it always.
+_PLANTED_KEYS: dict[str, dict[str, dict[str, Any]]] = {
     "auto_map": {
-        "AutoConfig": "planted.Planted",
-        "AutoModelForCausalLM": "planted.Planted",
-        "AutoTokenizer": ["planted.Planted", "planted.Planted"],
+        "config.json": {
+            "auto_map": {
+                "AutoConfig": "planted.Planted",
+                "AutoModelForCausalLM": "planted.Planted",
+            },
+            "trust_remote_code": True,
+        },
+        "tokenizer_config.json": {
+            "auto_map": {"AutoTokenizer": ["planted.Planted", "planted.Planted"]},
+            "tokenizer_class": "Planted",
+        },
+        "generation_config.json": {"custom_generate": "planted.py"},
     },
-    "model_file": "planted.py",  # mlx-lm's own key
-    "custom_pipelines": {"text-generation": {"impl": "planted.Planted"}},
-    "trust_remote_code": True,
+    "model_file": {"config.json": {"model_file": "planted.py"}},
 }
 _PLANTED_SESSION_OPTIONS: dict[str, dict[str, Any]] = {
     "library": {"custom_ops_library": "planted.so"},
@@ -100,16 +108,13 @@ class SafetyConformance(ConformanceSettings):
             _load_and_run(self.backend(), prepared, self.device)
         assert sorted(prepared.parent.iterdir()) == before, "something was written beside the model"
 
-    def test_planted_code(self, prepared: Path, tmp_path: Path) -> None:
-        """``auto_map``, ``model_file``, a tokenizer class of its own: not run (row M2)."""
+    @pytest.mark.parametrize("plant", _PLANTED_KEYS)
+    def test_planted_code(self, prepared: Path, plant: str, tmp_path: Path) -> None:
+        """``auto_map``, a tokenizer class of its own, ``model_file``: not run (row M2)."""
         trap = Trap(tmp_path / "marker")
         for name in _CODE_NAMES:
             (prepared / name).write_text(trap.source, encoding="utf-8")
-        for name, more in {
-            "config.json": _PLANTED_CONFIG,
-            "tokenizer_config.json": {**_PLANTED_CONFIG, "tokenizer_class": "Planted"},
-            "generation_config.json": {"custom_generate": "planted.py"},
-        }.items():
+        for name, more in _PLANTED_KEYS[plant].items():
             path = prepared / name
             if path.exists():
                 document = json.loads(path.read_text(encoding="utf-8")) | more
