@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,8 +13,8 @@ from phirt.backends.base import BaseModel
 from phirt.backends.execution import Parallel
 from phirt.backends.openvino_cache import cache_key, checked_cache
 from phirt.backends.openvino_graph import DecoderGraph, adapt
-from phirt.backends.openvino_runtime import EXTRA, NAME, first_line, import_openvino, translate
-from phirt.backends.openvino_session import OpenVinoSession
+from phirt.backends.openvino_runtime import EXTRA, NAME, import_openvino, reason_of, translate
+from phirt.backends.openvino_session import OpenVinoSession, run_once
 from phirt.devices.names import DeviceName
 from phirt.errors import (
     BackendBrokenError,
@@ -39,6 +40,8 @@ from phirt.protocols import (
 from phirt.types import Artifact
 
 __all__ = ["OpenVinoBackend", "OpenVinoModel"]
+
+_logger = logging.getLogger(__name__)
 
 _FORMAT = "openvino"
 _GRAPH = "openvino_model.xml"
@@ -77,7 +80,7 @@ class OpenVinoBackend:
             ]
         # Plugins load drivers, which fail in ways of their own.
         except Exception as error:
-            return [Availability("cpu", "broken", f"OpenVINO found: {first_line(error)}")]
+            return [Availability("cpu", "broken", f"OpenVINO found: {reason_of(error)}")]
 
     def accepts(self, artifact: Artifact, device: str) -> Accept | Reject:
         """Accepts folders of OpenVINO IR, on the devices that OpenVINO knows."""
@@ -188,9 +191,19 @@ class OpenVinoModel(BaseModel):
             self._ov,
             request,
             self.graph,
+            recover=self._recover,
             max_length=max_length,
             expected_length=expected_length,
         )
+
+    def _recover(self) -> None:
+        """Make the compiled model usable again after a call that failed."""
+        # The first may be of the very length that fails; then the second is not.
+        for length in (2, 3):
+            try:
+                run_once(self.compiled.create_infer_request(), self.graph, length)
+            except Exception as error:
+                _logger.debug("OpenVINO did not recover: %s", reason_of(error))
 
     def _unload(self) -> None:
         self.compiled = None
@@ -209,7 +222,7 @@ def _read(core: Any, path: Path) -> Any:
         if isinstance(translated, OutOfMemoryError):
             raise translated from error
         raise ModelFormatError(
-            f"OpenVINO cannot read {path}: {first_line(error)}. Fetch or export the model again."
+            f"OpenVINO cannot read {path}: {reason_of(error)}. Fetch or export the model again."
         ) from error
 
 

@@ -12,15 +12,16 @@ from typing import Any
 from phirt.backends.base import import_runtime
 from phirt.errors import BackendRuntimeError, OutOfMemoryError
 
-__all__ = ["EXTRA", "NAME", "first_line", "import_openvino", "translate"]
+__all__ = ["EXTRA", "NAME", "import_openvino", "reason_of", "translate"]
 
 NAME = "openvino"
 EXTRA = "openvino"
 
 _TELEMETRY = "openvino_telemetry"
 _OUT_OF_MEMORY = re.compile(
-    r"bad.?alloc|(failed|unable|could not) to (mm)?allocate|out of memory|OUT_OF_RESOURCES"
-    r"|not enough memory|CL_MEM_OBJECT_ALLOCATION_FAILURE|exceed\w* the maximum",
+    r"bad.?alloc|memalign failed|(failed|unable|could not) to (mm)?allocate"
+    r"|(out of|not enough) memory|OUT_OF_RESOURCES|MEM_OBJECT_ALLOCATION_FAILURE"
+    r"|exceeded max size of memory",
     re.IGNORECASE,
 )
 # OpenVINO puts where in its source an exception was raised before what it says.
@@ -65,14 +66,14 @@ def translate(error: Exception, doing: str) -> BackendRuntimeError | OutOfMemory
     """Say in phirt's words what OpenVINO raised; the caller chains the original."""
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
         return OutOfMemoryError(
-            f"Out of memory while {doing}: {first_line(error)}. Ask for fewer tokens, "
+            f"Out of memory while {doing}: {reason_of(error)}. Ask for fewer tokens, "
             "or load the model in a smaller precision."
         )
-    return BackendRuntimeError(f"OpenVINO failed while {doing}: {first_line(error)}")
+    return BackendRuntimeError(f"OpenVINO failed while {doing}: {reason_of(error)}")
 
 
-def first_line(error: Exception) -> str:
-    """The line of a message that says what went wrong."""
+def reason_of(error: Exception) -> str:
+    """The line of a message that says what went wrong: that of the innermost exception."""
     lines = str(error).strip().splitlines()
     telling = [line.strip() for line in lines if not _WHERE.match(line)]
-    return (telling or lines or [type(error).__name__])[0]
+    return (telling or lines or [type(error).__name__])[-1]

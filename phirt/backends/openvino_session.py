@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,9 +13,12 @@ from phirt.backends.openvino_runtime import translate
 from phirt.protocols import KVCache, KVLayer, Logits
 from phirt.types import FloatArray
 
-__all__ = ["OpenVinoSession"]
+__all__ = ["OpenVinoSession", "run_once"]
 
 _BUCKET = 256  # tokens; the attention mask is allocated in multiples of it
+# Tokens of a prompt that run at once. A graph makes a mask of (tokens, tokens so far), which for
+# a whole prompt of 32,000 would take 4 GB; in pieces of this size a prompt is as fast.
+_CHUNK = 1024
 
 
 class OpenVinoSession(BaseSession):
@@ -25,6 +28,7 @@ class OpenVinoSession(BaseSession):
         model: The model that it is of.
         ov: The module ``openvino``.
         request: An infer request of its own.
+        recover: Called after a call that failed, see `run_once`.
         graph: What the request's graph takes and holds.
         max_length: The most tokens that it may hold.
         expected_length: Tokens to allocate for now.
@@ -37,6 +41,7 @@ class OpenVinoSession(BaseSession):
         request: Any,
         graph: DecoderGraph,
         *,
+        recover: Callable[[], None],
         max_length: int,
         expected_length: int,
     ) -> None:
@@ -44,6 +49,7 @@ class OpenVinoSession(BaseSession):
         self._ov = ov
         self._request = request
         self._graph = graph
+        self._recover = recover
         # OpenVINO reads inputs where they lie, and does not keep them alive.
         self._inputs: dict[str, Any] = {}
         self._mask = np.ones((1, 0), np.int64)
@@ -58,30 +64,46 @@ class OpenVinoSession(BaseSession):
         self._set(KEEP_INPUT, self._keep)
 
     def _append(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
-        count, total = len(token_ids), self._length + len(token_ids)
+        count, done = len(token_ids), self._length
         try:
-            self._bind(token_ids)
-            self._keep[0] = count if every_position else 1
-            self._request.start_async()
-            if self._state == "interrupted":  # between the checks and the start
-                self._request.cancel()
-            self._request.wait()
-            logits = self._request.get_tensor("logits").data
+            for chunk in self._chunks(token_ids, whole=every_position):
+                logits = self._run_chunk(chunk, done, every_position=every_position)
+                done += len(chunk)
         except Exception as error:
-            raise translate(error, f"running {count} tokens up to position {total}") from error
+            if self._state != "interrupted":
+                self._recover()
+            raise translate(error, f"running {count} tokens after {self._length}") from error
         rows = logits[0] if every_position else logits[0, -1:]
         return HostLogits(rows.astype(np.float32, copy=False))
 
-    def _bind(self, token_ids: Sequence[int]) -> None:
-        count, total = len(token_ids), self._length + len(token_ids)
+    def _chunks(self, token_ids: Sequence[int], *, whole: bool) -> Iterator[Sequence[int]]:
+        """Pieces that run one after the other; ``whole`` if logits of all are wanted."""
+        # The first call of a LongRoPE session decides on its factors, and must be long enough.
+        first = 0 if self._length else self._info.first_call(self._max_length)
+        size = len(token_ids) if whole else max(_CHUNK, first)
+        for start in range(0, len(token_ids), size):
+            yield token_ids[start : start + size]
+
+    def _run_chunk(self, token_ids: Sequence[int], past: int, *, every_position: bool) -> Any:
+        """Run tokens after ``past`` others; the logits are valid until the next call."""
+        self._bind(token_ids, past)
+        self._keep[0] = len(token_ids) if every_position else 1
+        self._request.start_async()
+        if self._state == "interrupted":  # Between the checks and the start.
+            self._request.cancel()
+        self._request.wait()
+        return self._request.get_tensor("logits").data
+
+    def _bind(self, token_ids: Sequence[int], past: int) -> None:
+        count, total = len(token_ids), past + len(token_ids)
         self._reserve(total)
         self._set("attention_mask", self._mask[:, :total])
         if count > 1:
             self._set("input_ids", np.array(token_ids, np.int64)[None])
-            self._set("position_ids", np.arange(self._length, total, dtype=np.int64)[None])
+            self._set("position_ids", np.arange(past, total, dtype=np.int64)[None])
         else:
             self._token[0, 0] = token_ids[0]
-            self._position[0, 0] = self._length
+            self._position[0, 0] = past
             if not self._bound_one:
                 self._set("input_ids", self._token)
                 self._set("position_ids", self._position)
@@ -150,3 +172,25 @@ class OpenVinoSession(BaseSession):
     def _free(self) -> None:
         self._request = None  # This waits for a call that an exception left running.
         self._inputs.clear()
+
+
+def run_once(request: Any, graph: DecoderGraph, length: int) -> None:
+    """Run a prompt of padding on a fresh request, for its effect on the compiled model.
+
+    The CPU plugin keeps the shapes of its last call. After one that ended half-way, when memory
+    ran out, it fails at calls of the lengths that came before (2026.4), until one of another
+    length makes it compute all shapes anew.
+
+    Args:
+        request: An infer request that nothing else uses.
+        graph: What its graph takes.
+        length: Tokens.
+    """
+    inputs = {
+        "input_ids": np.zeros((1, length), np.int64),
+        "attention_mask": np.ones((1, length), np.int64),
+        "position_ids": np.arange(length, dtype=np.int64)[None],
+        "beam_idx": np.zeros(1, np.int32),
+        KEEP_INPUT: np.ones(1, np.int64),
+    }
+    request.infer({name: array for name, array in inputs.items() if name in graph.inputs})

@@ -193,8 +193,8 @@ class TestSession:
         running = threading.Event()
         bind = session._bind
 
-        def bind_and_tell(ids):
-            bind(ids)
+        def bind_and_tell(ids, past):
+            bind(ids, past)
             running.set()
 
         session._bind = bind_and_tell
@@ -223,8 +223,8 @@ class TestSession:
         session: Any = llama.new_session(max_length=100, expected_length=100)
         bind = session._bind
 
-        def bind_and_interrupt(ids):
-            bind(ids)
+        def bind_and_interrupt(ids, past):
+            bind(ids, past)
             session.interrupt()
 
         session._bind = bind_and_interrupt
@@ -233,6 +233,29 @@ class TestSession:
             session.prefill(TOKENS)
         with pytest.raises(SessionClosedError):
             session.decode(1)
+
+    def test_a_long_prompt_runs_in_pieces(self, llama, monkeypatch):
+        session = llama.new_session(max_length=100, expected_length=100)
+        whole = session.prefill(TOKENS).numpy().copy()
+        monkeypatch.setattr("phirt.backends.openvino_session._CHUNK", 30)
+        session = llama.new_session(max_length=100, expected_length=100)
+        assert difference(session.prefill(TOKENS).numpy(), whole) < TOLERANCE
+
+    def test_after_a_call_that_failed_the_model_goes_on(self, llama, monkeypatch):
+        """Running out of memory half-way leaves the plugin with shapes that do not fit."""
+        session: Any = llama.new_session(max_length=100, expected_length=100)
+        expected = session.prefill(TOKENS[:9]).numpy().copy()
+        lengths = []
+        monkeypatch.setattr(
+            "phirt.backends.openvino.run_once", lambda request, graph, n: lengths.append(n)
+        )
+        session._token = None
+        with pytest.raises(BackendRuntimeError):
+            session.decode(1)
+        session.close()
+        assert len(set(lengths)) == 2
+        session = llama.new_session(max_length=100, expected_length=100)
+        assert difference(session.prefill(TOKENS[:9]).numpy(), expected) < TOLERANCE
 
     def test_logits_outlive_their_session(self, llama_folder):
         model = load(llama_folder, extra={"CACHE_DIR": ""})
