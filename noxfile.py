@@ -7,9 +7,11 @@ the sessions run on Linux, macOS and Windows.
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -43,6 +45,11 @@ import importlib.util
 found = [name for name in ("torch", "transformers") if importlib.util.find_spec(name)]
 raise SystemExit(f"the cpu extra pulled in {found}" if found else 0)
 """
+
+# What the conformance suite needs beside a backend.
+CONFORMANCE = ["pytest>=8.3", "pytest-timeout>=2.3"]
+# Vulkan in software, where Debian's package "chromium" puts it.
+SWIFTSHADER = Path("/usr/lib/chromium/vk_swiftshader_icd.json")
 
 nox.needs_version = ">=2025.5"
 nox.options.default_venv_backend = "virtualenv"
@@ -122,6 +129,55 @@ def extras(session: nox.Session, extra: str) -> None:
     session.log(f"{CPU_BACKENDS[extra]} answered: {answer}")
     if "Paris" not in str(answer):
         session.error(f"{CPU_BACKENDS[extra]} did not answer with Paris")
+
+
+@nox.session
+def webgpu(session: nox.Session) -> None:
+    """The conformance suite on onnxruntime's WebGPU provider; on Linux, Vulkan in software.
+
+    There it needs SwiftShader: Debian's package ``chromium`` has it, with a Vulkan loader beside.
+    A driver that the user names in VK_DRIVER_FILES is taken instead.
+    """
+    env = vulkan_environment(session) if sys.platform == "linux" else {}
+    install(session, extra="webgpu")
+    session.install(*CONFORMANCE)
+    session.run("pytest", "tests/devices_real/on_webgpu.py", *session.posargs, env=env)
+
+
+def vulkan_environment(session: nox.Session) -> dict[str, str]:
+    """Variables with which a Vulkan loader and a driver are found; an error without them."""
+    driver = os.environ.get("VK_DRIVER_FILES", str(SWIFTSHADER))
+    if not Path(driver.split(os.pathsep)[0]).is_file():
+        session.error(
+            f"there is no Vulkan driver at {driver}: install SwiftShader (apt-get install "
+            "chromium), or name a driver's manifest in VK_DRIVER_FILES"
+        )
+    env = {"VK_DRIVER_FILES": driver}
+    if ctypes.util.find_library("vulkan") is None:
+        # Chromium has a loader of its own beside its driver.
+        if not (SWIFTSHADER.parent / "libvulkan.so.1").is_file():
+            session.error("there is no Vulkan loader: apt-get install libvulkan1")
+        env["LD_LIBRARY_PATH"] = str(SWIFTSHADER.parent)
+    return env
+
+
+@nox.session(name="openvino-ep")
+@nox.parametrize(
+    "wheels",
+    [
+        nox.param(("onnxruntime>=1.31", "onnxruntime-ep-openvino>=1.8"), id="plugin"),
+        nox.param(("onnxruntime-openvino>=1.24",), id="built-in"),
+    ],
+)
+def openvino_ep(session: nox.Session, wheels: tuple[str, ...]) -> None:
+    """The conformance suite on onnxruntime's OpenVINO provider, on the CPU.
+
+    The plugin offers itself on Intel's processors only; the wheel that has the provider
+    built in, an older one, runs it on any.
+    """
+    install(session)
+    session.install(*wheels, "onnx>=1.20", *CONFORMANCE)
+    session.run("pytest", "tests/devices_real/on_openvino_ep.py", *session.posargs)
 
 
 @nox.session
