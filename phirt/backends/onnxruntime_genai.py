@@ -28,7 +28,6 @@ from phirt.backends.onnxruntime_genai_config import (
     last_token,
     open_config,
 )
-from phirt.backends.onnxruntime_genai_graph import read_graph_facts
 from phirt.backends.onnxruntime_genai_session import (
     BUCKET,
     GenaiSession,
@@ -36,6 +35,7 @@ from phirt.backends.onnxruntime_genai_session import (
     first_line,
     translate,
 )
+from phirt.backends.onnxruntime_nodes import GraphNodes, read_nodes, supported_context
 from phirt.devices.names import DeviceName
 from phirt.errors import (
     BackendBrokenError,
@@ -178,6 +178,7 @@ class GenaiModel(BaseModel):
     ) -> None:
         settings = Settings.read(options.extra)
         provider = choose_provider(og, device, settings)
+        nodes = read_nodes(model_path)
         with open_config(
             og, spec, model_path, device=device, provider=provider, options=options
         ) as config:
@@ -190,8 +191,9 @@ class GenaiModel(BaseModel):
             append_once=device.kind in _APPEND_ONCE if append_once is None else append_once,
             in_chunks=device.kind == "cpu" and not append_once,
             last_token=last_token(spec),
+            least_capacity=nodes.least_capacity,
         )
-        info = _info(folder, spec, model_path)
+        info = _info(folder, nodes)
         self._placement, last_only = _try_out(self._generators, info, device, provider)
         super().__init__(
             info=info,
@@ -263,21 +265,14 @@ def _try_out(
     return placement, logits.shape[1] == 1
 
 
-def _info(folder: ModelFolder, spec: DecoderSpec, model_path: Path) -> ModelInfo:
-    graph = read_graph_facts(model_path)
-    window = folder.facts.window or graph.window or spec.window
-    context_length = spec.context_length
-    if window is not None and graph.window is None:
-        # Model Builder leaves mistral's window to a rolling cache, which genai does not have
-        # on every device and fills wrongly on the CPU. Up to the window there is no difference.
-        context_length = min(context_length, window)
+def _info(folder: ModelFolder, nodes: GraphNodes) -> ModelInfo:
     return ModelInfo(
-        vocab_size=spec.vocab_size,
-        context_length=context_length,
-        eos_token_ids=frozenset(folder.facts.eos_token_ids),
+        vocab_size=folder.facts.vocab_size,
+        context_length=supported_context(nodes, folder.facts),
+        eos_token_ids=folder.facts.eos_token_ids,
         weights_id=folder.artifact.weights_id,
-        rope_boundary=folder.facts.rope_boundary or graph.rope_boundary,
-        window=window,
+        rope_boundary=nodes.rope_boundary,
+        window=nodes.window or folder.facts.window,
     )
 
 

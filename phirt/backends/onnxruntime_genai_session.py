@@ -59,6 +59,7 @@ class Generators:
             genai's binding holds the interpreter's lock. Other threads, and an interruption,
             get their turn between chunks.
         last_token: The token behind which genai chooses no other.
+        least_capacity: Positions that the cache must have room for at least.
     """
 
     og: Any
@@ -67,12 +68,13 @@ class Generators:
     append_once: bool
     in_chunks: bool
     last_token: int
+    least_capacity: int
 
     def new(self, max_length: int) -> Any:
         """A generator with a KV cache for ``max_length`` tokens, and every choice neutral."""
         parameters = self.og.GeneratorParams(self.model)
         parameters.set_search_options(
-            max_length=max_length,
+            max_length=max(max_length, self.least_capacity),
             min_length=0,
             batch_size=1,
             num_beams=1,

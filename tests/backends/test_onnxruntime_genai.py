@@ -14,7 +14,6 @@ import pytest
 
 from phirt.backends import onnxruntime_genai, onnxruntime_genai_session
 from phirt.backends.onnxruntime_genai import OnnxRuntimeGenaiBackend
-from phirt.backends.onnxruntime_genai_graph import GraphFacts, read_graph_facts
 from phirt.backends.onnxruntime_genai_session import translate
 from phirt.build.convert import convert
 from phirt.errors import (
@@ -31,8 +30,7 @@ from phirt.testing import DENSE_ARCHITECTURES, write_tiny_checkpoint
 
 genai = pytest.importorskip("onnxruntime_genai")
 
-BOUNDARY = 32  # of the tiny phi3's LongRoPE
-WINDOW = 16  # of the tiny mistral and gemma3
+WINDOW = 16  # of the tiny mistral
 TOLERANCE = 1e-3
 
 
@@ -95,10 +93,12 @@ def built(checkpoints, tmp_path_factory):
     builder = pytest.importorskip("onnxruntime_genai.models.builder")
     root: Path = tmp_path_factory.mktemp("built")
 
-    def build(architecture: str) -> Path:
-        folder = root / architecture
+    def build(architecture: str, **config: Any) -> Path:
+        folder = root / "-".join([architecture, *config])
         if not folder.exists():
-            source = checkpoints(architecture)
+            source = shutil.copytree(checkpoints(architecture), root / "sources" / folder.name)
+            path = source / "config.json"
+            path.write_text(json.dumps(json.loads(path.read_text()) | config))
             what = ("x", str(source), str(folder), "fp32", "cpu", str(root / "cache"))
             builder.create_model(*what, **builder.parse_extra_options(*what, []))
         return folder
@@ -188,34 +188,28 @@ class TestAgainstTransformers:
         expected = self.expected(checkpoints(architecture), ids)[prompt_length - 1 :]
         np.testing.assert_allclose(logits, expected, atol=TOLERANCE)
 
-    def test_model_builders_mistral_is_right_up_to_its_window(self, built, checkpoints):
-        # Its graph does not mask the window, and genai's rolling cache gets it wrong.
+    def test_a_rolling_cache_that_never_has_to_roll(self, built, checkpoints):
+        # Model Builder marks such layers; with room for all positions one can go back, too.
+        layers = ["sliding_attention"] * 2
+        model = load(built("mistral", layer_types=layers))
+        assert (model.info.window, model.info.context_length) == (WINDOW, 256)
+        ids = random_ids(60)
+        expected = self.expected(checkpoints("mistral"), ids)
+        session = open_session(model)
+        np.testing.assert_allclose(session.verify(ids).numpy(), expected, atol=TOLERANCE)
+        session.truncate(30)
+        rest = session.verify(ids[30:]).numpy()
+        np.testing.assert_allclose(rest, expected[30:], atol=TOLERANCE)
+
+    def test_a_window_that_the_graph_does_not_mask(self, built, checkpoints):
+        # Without layer_types Model Builder leaves the window to genai, which gets it wrong.
         model = load(built("mistral"))
         assert (model.info.window, model.info.context_length) == (WINDOW, WINDOW)
         ids = random_ids(WINDOW)
         logits = open_session(model, max_length=WINDOW).verify(ids).numpy()
-        np.testing.assert_allclose(logits, self.expected(checkpoints("mistral"), ids), atol=1e-3)
-
-
-class TestGraphFacts:
-    @pytest.mark.parametrize(
-        ("architecture", "facts"),
-        [
-            ("llama", GraphFacts(window=None, rope_boundary=None)),
-            ("mistral", GraphFacts(window=WINDOW, rope_boundary=None)),
-            ("gemma3_text", GraphFacts(window=WINDOW, rope_boundary=None)),
-            ("phi3", GraphFacts(window=None, rope_boundary=BOUNDARY)),
-        ],
-    )
-    def test_of_what_phirt_writes(self, written, architecture, facts):
-        assert read_graph_facts(written(architecture) / "model.onnx") == facts
-
-    @pytest.mark.oracle
-    def test_of_what_model_builder_writes(self, built):
-        phi3 = read_graph_facts(built("phi3") / "model.onnx")
-        assert phi3 == GraphFacts(window=None, rope_boundary=BOUNDARY)
-        mistral = read_graph_facts(built("mistral") / "model.onnx")
-        assert mistral == GraphFacts(window=None, rope_boundary=None)
+        np.testing.assert_allclose(
+            logits, self.expected(checkpoints("mistral"), ids), atol=TOLERANCE
+        )
 
 
 class TestConfiguration:
