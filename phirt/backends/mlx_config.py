@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from phirt.errors import UnsafeModelError, UnsupportedModelError
 from phirt.models.decoder_config import DecoderConfig
 from phirt.models.huggingface_config import CONFIG_NAME, config_facts, decoder_config
@@ -141,10 +139,6 @@ def _check_shape(config: MlxConfig) -> None:
             f"{config.source}: mlx-lm's {decoder.architecture} has heads of hidden_size / heads; "
             f"this one has {decoder.num_heads} of {decoder.head_size} in {decoder.hidden_size}."
         )
-    if config.quantization is not None and config.experts is not None:
-        raise UnsupportedModelError(
-            f"{config.source}: quantized experts are not supported so far; use a plain folder."
-        )
 
 
 def _read_phimoe(
@@ -155,7 +149,6 @@ def _read_phimoe(
     activation = fields.optional_string("hidden_act", max_length=100) or "silu"
     if activation != "silu":
         raise UnsupportedModelError(f"{source}: the activation {activation!r} in phimoe.")
-    rope, context_length = _phimoe_rotary(document, facts.head_size, facts.context_length, source)
     has_biases = fields.boolean("attention_bias")
     count = fields.integer("num_local_experts", minimum=1, maximum=_MAX_EXPERTS)
     return MlxConfig(
@@ -168,9 +161,9 @@ def _read_phimoe(
             num_heads=fields.integer("num_attention_heads", minimum=1, maximum=_MAX_WIDTH),
             num_kv_heads=facts.num_kv_heads,
             head_size=facts.head_size,
-            context_length=context_length,
+            context_length=facts.context_length,
             rms_norm_eps=fields.number("rms_norm_eps", minimum=0.0, maximum=1.0),
-            rope=rope,
+            rope=_phimoe_rotary(document, facts.head_size, source),
             tie_word_embeddings=fields.boolean("tie_word_embeddings"),
             windows=() if facts.window is None else (facts.window,) * facts.num_layers,
             qkv_bias=has_biases,
@@ -188,35 +181,16 @@ def _read_phimoe(
     )
 
 
-def _phimoe_rotary(
-    document: Mapping[str, Any], head_size: int, context_length: int, source: str
-) -> tuple[Rotary, int]:
-    """The rotary embedding, and the context up to which it is known what phimoe means.
-
-    Beyond LongRoPE's boundary transformers 5.23 goes on with the short factors, and the
-    model's own code takes the long ones: phirt stops there.
-    """
+def _phimoe_rotary(document: Mapping[str, Any], head_size: int, source: str) -> Rotary:
+    """The rotary embedding; phimoe names the scale of LongRoPE's cosines and sines itself."""
     parameters = rope_parameters(document, source=source)
+    scales = {parameters.pop(name, None) for name in ("short_mscale", "long_mscale")}
     if parameters["rope_type"] != "longrope":
-        return read_rotary(document, head_size=head_size, source=source), context_length
-    fields = JsonFields(parameters, source=f"{source} (rotary parameters)")
-    theta = fields.number("rope_theta", minimum=1e-6, maximum=1e12)
-    factors = fields.numbers("short_factor", minimum=1e-6, maximum=1e12)
-    if len(factors) != head_size // 2:
+        return read_rotary(document, head_size=head_size, source=source)
+    if len(scales) != 1:
         raise UnsupportedModelError(
-            f"{source}: {len(factors)} short factors for {head_size // 2} rotary pairs."
+            f"{source}: phirt computes phimoe where short_mscale and long_mscale are one number."
         )
-    original = document.get("original_max_position_embeddings")
-    known = JsonFields({**parameters, "original": original}, source=source)
-    boundary = known.optional_integer("original", minimum=2, maximum=context_length)
-    if boundary is None:
-        boundary = known.integer(
-            "original_max_position_embeddings", minimum=2, maximum=context_length
-        )
-    rotary = Rotary(
-        theta=theta,
-        dim=head_size,
-        factors=np.array(factors, np.float32),
-        attention_factor=fields.number("short_mscale", minimum=1e-6, maximum=1e6),
-    )
-    return rotary, boundary
+    parameters["attention_factor"] = scales.pop()
+    plain = {**document, "rope_parameters": None, "rope_scaling": parameters}
+    return read_rotary(plain, head_size=head_size, source=source)

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from phirt.backends import mlx_session
 from phirt.backends.base import HostLogits
 from phirt.backends.mlx import MlxBackend
 from phirt.backends.mlx_model import MlxModel
+from phirt.backends.transformers import TransformersBackend
 from phirt.errors import (
     DeviceNotAvailableError,
     ModelError,
@@ -58,6 +59,20 @@ def edit_config(folder: Path, **changes: Any) -> Path:
 
 def random_ids(count: int, seed: int = 0) -> list[int]:
     return [int(token) for token in np.random.default_rng(seed).integers(2, 300, count)]
+
+
+def apart(tensors: dict[str, Any]) -> dict[str, Any]:
+    """Experts one by one, as transformers reads them; mlx-lm keeps a layer's in one tensor."""
+    names = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+    found = {}
+    for name, tensor in tensors.items():
+        scope, _, part = name.partition("switch_mlp.")
+        if not part:
+            found[name] = tensor
+            continue
+        for index, expert in enumerate(tensor):
+            found[f"{scope}experts.{index}.{names[part.removesuffix('.weight')]}.weight"] = expert
+    return found
 
 
 def nearest(values: FloatArray, precision: str) -> FloatArray:
@@ -157,39 +172,44 @@ class TestMeansWhatTransformersMeans:
 
 
 class TestPhimoe:
-    def test_longrope_ends_at_the_boundary(self, folders: dict[str, Path], tmp_path: Path) -> None:
-        """Beyond it transformers computes something else than the model's own code."""
-        folder = write_tiny_checkpoint(tmp_path, "phimoe")
-        scaling = {
-            "rope_type": "longrope",
-            "short_factor": [1.0] * 7 + [2.0],
-            "long_factor": [4.0] * 8,
-            "short_mscale": 1.25,
-            "long_mscale": 1.5,
-        }
-        edit_config(folder, rope_scaling=scaling, original_max_position_embeddings=BOUNDARY)
-        model = load(folder)
-        assert model.info.context_length == BOUNDARY
-        assert model.info.rope_boundary is None
-        model.close()
+    SCALING: ClassVar[dict[str, Any]] = {
+        "type": "longrope",
+        "rope_type": "longrope",
+        "short_factor": [1.0] * 7 + [2.0],
+        "long_factor": [4.0] * 8,
+        "short_mscale": 1.25,
+        "long_mscale": 1.25,
+        "original_max_position_embeddings": BOUNDARY,
+    }
 
     @pytest.mark.oracle
-    def test_longrope_within_the_boundary(self, tmp_path: Path) -> None:
+    def test_longrope(self, tmp_path: Path) -> None:
+        """transformers 5.23 takes the short factors at every length, mlx-lm the long ones.
+
+        phirt's transformers backend puts that right, and within the boundary is transformers.
+        """
         folder = write_tiny_checkpoint(tmp_path, "phimoe")
-        scaling = {
-            "rope_type": "longrope",
-            "rope_theta": 10_000.0,
-            "short_factor": [1.0] * 7 + [2.0],
-            "long_factor": [4.0] * 8,
-            "short_mscale": 1.25,
-            "long_mscale": 1.5,
-            "original_max_position_embeddings": BOUNDARY,
-        }
-        edit_config(folder, rope_parameters=scaling, rope_scaling=None, rope_theta=None)
-        model = load(folder)
-        ids = random_ids(BOUNDARY)
-        np.testing.assert_allclose(verify(model, ids), oracle(folder)(ids), atol=TOLERANCE)
+        edit_config(folder, rope_scaling=self.SCALING)
+        model, full_forward = load(folder), oracle(folder)
+        assert model.info.rope_boundary == BOUNDARY
+        artifact = read_folder(folder, formats=TransformersBackend.formats).artifact
+        other = TransformersBackend().load(artifact, "cpu", LoadOptions())
+        for count in (20, BOUNDARY, BOUNDARY + 1, 60):
+            ids = random_ids(count)
+            session = other.new_session(max_length=count, expected_length=count)
+            expected = session.verify(ids).numpy()
+            np.testing.assert_allclose(verify(model, ids), expected, atol=TOLERANCE)
+            if count <= BOUNDARY:
+                np.testing.assert_allclose(expected, full_forward(ids), atol=TOLERANCE)
+            session.close()
+        other.close()
         model.close()
+
+    def test_two_scales_are_refused(self, tmp_path: Path) -> None:
+        folder = write_tiny_checkpoint(tmp_path, "phimoe")
+        edit_config(folder, rope_scaling=self.SCALING | {"long_mscale": 1.5})
+        with pytest.raises(UnsupportedModelError, match="mscale"):
+            load(folder)
 
     @pytest.mark.oracle
     def test_biases_may_be_missing(self, tmp_path: Path) -> None:
@@ -208,12 +228,14 @@ class TestPhimoe:
 
 
 class TestPackedWeights:
-    @pytest.fixture(scope="class")
+    @pytest.fixture(scope="class", params=["qwen3", "phimoe"])
     @classmethod
-    def packed(cls, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    def packed(
+        cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    ) -> tuple[Path, Path]:
         """What mlx-lm made of a checkpoint in 4 bits, and the checkpoint."""
         root = tmp_path_factory.mktemp("packed")
-        source, target = write_tiny_checkpoint(root / "hf", "qwen3"), root / "mlx"
+        source, target = write_tiny_checkpoint(root / "hf", request.param), root / "mlx"
         command = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", str(source)]
         command += ["--mlx-path", str(target), "-q", "--q-bits", "4", "--q-group-size", "32"]
         subprocess.run([*command, "--dtype", "float32"], check=True, capture_output=True)
@@ -238,7 +260,7 @@ class TestPackedWeights:
                 decoded[name] = np.array(values)
             elif not name.endswith((".scales", ".biases")):
                 decoded[name] = tensor
-        save_file(decoded, plain / "model.safetensors", metadata={"format": "pt"})
+        save_file(apart(decoded), plain / "model.safetensors", metadata={"format": "pt"})
         assert read_folder(folder).artifact.format == "mlx"
         model = load(folder)
         ids = random_ids(40)
@@ -254,8 +276,8 @@ class TestPackedWeights:
         for file in packed[0].iterdir():
             (tmp_path / file.name).write_bytes(file.read_bytes())
         tensors = load_file(tmp_path / "model.safetensors")
-        name = "model.layers.0.mlp.up_proj.scales"
-        tensors[name] = np.ascontiguousarray(tensors[name][:, :1])
+        name = next(name for name in tensors if name.endswith("up_proj.scales"))
+        tensors[name] = np.ascontiguousarray(tensors[name][..., :1])
         save_file(tensors, tmp_path / "model.safetensors")
         (tmp_path / "model.safetensors.index.json").unlink(missing_ok=True)
         with pytest.raises(ModelFormatError, match="up_proj"):
