@@ -174,8 +174,10 @@ def _sanitize(model: Any, config: MlxConfig, weights: Mapping[str, Any]) -> dict
 
 def _fit_optional_parts(model: Any, config: MlxConfig, tensors: Mapping[str, Any]) -> None:
     """Leave away what the classes have and this model has not: a head, biases."""
-    if config.decoder.tie_word_embeddings and "lm_head" in model:
-        model.pop("lm_head")
+    if config.decoder.tie_word_embeddings:
+        model.pop("lm_head", None)
+    elif "lm_head" not in model:  # mlx-lm takes a Gemma without one for a tied one.
+        raise ModelFormatError(f"{config.source}: the tensor 'lm_head.weight' is missing.")
     projections = {
         f"model.layers.{index}.self_attn.{name}": layer.self_attn[name]
         for index, layer in enumerate(model.model.layers)

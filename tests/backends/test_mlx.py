@@ -467,6 +467,11 @@ class TestAFolderIsData:
         with pytest.raises(ModelFormatError):
             load(folder)
 
+    def test_a_missing_head_is_not_taken_for_a_tied_one(self, tmp_path: Path) -> None:
+        folder = write_tiny_checkpoint(tmp_path, "gemma3_text")
+        with pytest.raises(ModelFormatError, match="lm_head"):
+            load(edit_config(folder, tie_word_embeddings=False))
+
     def test_integers_are_no_weights_of_a_plain_folder(self, tmp_path: Path) -> None:
         numpy = pytest.importorskip("safetensors.numpy")
         folder = write_tiny_checkpoint(tmp_path, "llama")
