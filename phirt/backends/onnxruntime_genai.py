@@ -48,6 +48,7 @@ from phirt.errors import (
 from phirt.models.folder import ModelFolder, read_folder
 from phirt.models.genai_config import DecoderSpec
 from phirt.models.onnx_safety import check_onnx_files
+from phirt.models.real_files import real_folder
 from phirt.protocols import (
     Accept,
     Availability,
@@ -136,15 +137,17 @@ class OnnxRuntimeGenaiBackend:
         """
         og = _import()
         folder = read_folder(artifact.path, formats=self.formats)
-        spec, model_path = folder.decoder, folder.model_path
-        if spec is None or model_path is None:
+        spec = folder.decoder
+        if spec is None:
             raise UnsupportedModelError(f"{artifact.path} has no genai_config.json.")
-        check_onnx_files(artifact.path, spec.filename)
+        # A graph that is handed over in memory may have no weights behind links.
+        real_path = real_folder(artifact.path)
+        check_onnx_files(real_path, spec.filename)
         return GenaiModel(
             og,
             folder,
             spec=spec,
-            model_path=model_path,
+            model_path=real_path / spec.filename,
             device=DeviceName.parse(device),
             options=options,
         )
