@@ -230,6 +230,8 @@ def _properties(target: str, options: LoadOptions) -> dict[str, Any]:
     properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if target == "CPU":
         properties |= _CPU_PROPERTIES
+    elif target == "AUTO":
+        properties["DEVICE_PROPERTIES"] = {"CPU": _CPU_PROPERTIES}
     if options.threads is not None:
         properties["INFERENCE_NUM_THREADS"] = options.threads
     return properties | dict(options.extra)

@@ -335,6 +335,53 @@ class TestCache:
         assert self.answer(load(llama_folder)).shape == (1, 320)
 
 
+class TestGraphsOfOtherMakers:
+    """What exporters put around a decoder, on a graph of phirt's own."""
+
+    @pytest.fixture
+    def changed(self, llama_folder, tmp_path):
+        def change(ending) -> OpenVinoModel:
+            ov = import_openvino()
+            folder = tmp_path / "changed"
+            folder.mkdir()
+            for name in ("config.json", "tokenizer.json"):
+                (folder / name).write_bytes((llama_folder / name).read_bytes())
+            model = ov.Core().read_model(llama_folder / "openvino_model.xml")
+            result = model.get_results()[0]
+            names = result.output(0).get_names()
+            logits = ending(ov.opset13, result.input_value(0))
+            result.input(0).replace_source_output(logits.output(0))
+            result.output(0).set_names(names)
+            ov.serialize(model, folder / "openvino_model.xml")
+            return load(folder, extra={"CACHE_DIR": ""})
+
+        return change
+
+    def check(self, model: OpenVinoModel, expected: FloatArray) -> None:
+        session = model.new_session(max_length=100, expected_length=100)
+        assert difference(session.prefill(TOKENS[:60]).numpy(), expected[59:60]) < TOLERANCE
+        assert difference(session.verify(TOKENS[60:]).numpy(), expected[60:]) < TOLERANCE
+
+    @pytest.fixture
+    def expected(self, llama):
+        session = llama.new_session(max_length=100, expected_length=100)
+        return session.verify(TOKENS).numpy().copy()
+
+    def test_logits_that_are_capped(self, changed, expected):
+        """As Gemma 2's are."""
+        cap = np.float32(30)
+        model = changed(lambda ops, x: ops.multiply(ops.tanh(ops.divide(x, cap)), cap))
+        assert "logits_to_keep" in model.graph.inputs
+        self.check(model, 30 * np.tanh(expected / 30))
+
+    def test_an_end_that_mixes_positions_is_left_alone(self, changed, expected):
+        model = changed(
+            lambda ops, x: ops.reshape(ops.reshape(x, [-1, 320], False), [1, -1, 320], False)
+        )
+        assert "logits_to_keep" not in model.graph.inputs
+        self.check(model, expected)
+
+
 class TestDevices:
     def test_probe_finds_the_cpu(self):
         found = {each.device: each for each in OpenVinoBackend().probe()}
@@ -345,13 +392,17 @@ class TestDevices:
         placement = llama.placement()
         assert (placement.device, placement.provider) == ("cpu", "CPU")
 
-    def test_openvino_may_choose(self, llama_folder):
+    def test_openvino_may_choose(self, llama_folder, llama):
         model = OpenVinoBackend().load(
             artifact_of(llama_folder), "openvino-auto", LoadOptions(extra={"CACHE_DIR": ""})
         )
         assert model.placement().device
-        session = model.new_session(max_length=10, expected_length=10)
-        assert session.prefill(TOKENS[:5]).numpy().shape == (1, 320)
+        rows = []
+        for each in (model, llama):
+            session = each.new_session(max_length=100, expected_length=100)
+            session.prefill(TOKENS[:50])
+            rows.append(session.verify(TOKENS[50:]).numpy().copy())
+        assert difference(*rows) < TOLERANCE
 
     @pytest.mark.parametrize("device", ["cuda", "auto", "metal"])
     def test_other_devices_are_rejected(self, llama_folder, device):
