@@ -6,6 +6,7 @@ answer, so that one close call does not hide what comes after it.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +31,7 @@ CELLS = [
     for architecture in TINY_ARCHITECTURES
     for backend in (RUNTIMES if architecture in DENSE_ARCHITECTURES else MIXTURES)
 ]
+LONG_ROPE = ("phi3", "phimoe")
 # On either side of a window of 16, and of LongRoPE's boundary of 32, which three cross.
 PROMPTS = (20, 31, 32, 33, 60)
 NEW_TOKENS = 48
@@ -42,7 +44,29 @@ pytestmark = pytest.mark.oracle
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The tiny checkpoint of an architecture."""
     root = tmp_path_factory.mktemp("checkpoints")
-    return lambda architecture: write_tiny_checkpoint(root / architecture, architecture)
+
+    def get(architecture: str) -> Path:
+        folder = write_tiny_checkpoint(root / architecture, architecture)
+        if architecture == "phimoe":
+            give_long_rope(folder / "config.json")
+        return folder
+
+    return get
+
+
+def give_long_rope(path: Path) -> None:
+    """Turn plain rotary positions into LongRoPE, as Phi-3.5-MoE has it."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"max_position_embeddings": 128, "original_max_position_embeddings": 32}
+    config["rope_scaling"] = {
+        "type": "longrope",
+        "original_max_position_embeddings": 32,
+        "short_factor": [1.0, 1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5],
+        "long_factor": [1.1, 1.4, 1.9, 2.6, 3.4, 4.3, 5.2, 6.0],
+        "short_mscale": 1.2,
+        "long_mscale": 1.2,
+    }
+    path.write_text(json.dumps(config), encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +101,7 @@ def test_greedy(architecture, name, checkpoint, oracle, tmp_path):
     if any(found.status == "missing" for found in backend.probe()):
         pytest.skip(f"{name} is not installed")
     model = load(backend, checkpoint(architecture), tmp_path / "converted")
+    assert model.info.rope_boundary == (32 if architecture in LONG_ROPE else None)
     params = GenerationParams(max_new_tokens=NEW_TOKENS, ignore_eos=True, temperature=0)
     faults = []
     for length in PROMPTS:
@@ -90,7 +115,7 @@ def test_greedy(architecture, name, checkpoint, oracle, tmp_path):
                 oracle(architecture).logits,
                 ids,
                 prompt_length=length,
-                rope_boundary=32 if architecture == "phi3" else None,
+                rope_boundary=model.info.rope_boundary,
                 tolerance=2 * TOLERANCE,  # Either of two logits may be off by one.
             )
         ]

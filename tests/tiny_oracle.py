@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,16 @@ class TransformersOracle:
         """Logits of every position, (n, vocab). Under LongRoPE n decides the factors."""
         key = tuple(ids)
         if key not in self._known:
+            self._choose_factors(len(key))
             with self._torch.inference_mode():
                 output = self._network(self._torch.tensor([key]), use_cache=False)
             self._known[key] = output.logits[0].numpy()
         return self._known[key]
+
+    def _choose_factors(self, length: int) -> None:
+        """Tell phimoe's LongRoPE how long the sequence is: transformers 5.23 forgets to."""
+        rotary = self._network.model.rotary_emb
+        if type(rotary).__name__ == "PhimoeRotaryEmbedding" and rotary.rope_type == "longrope":
+            from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+            rotary.rope_init_fn = partial(ROPE_INIT_FUNCTIONS["longrope"], seq_len=length)

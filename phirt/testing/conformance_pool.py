@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,6 +83,44 @@ class PoolConformance:
             logits = sessions[1].decode(token).numpy().copy()
             batching.assert_logits(logits, rows.expected(1), "one row alone")
             rows.decode(pool, sessions, [2, 1, 0], "together again")
+
+    @_BOTH
+    def test_a_row_that_rolls_back(
+        self, batching: Subject, lengths: tuple[int, ...], room: int
+    ) -> None:
+        """One row truncates, the others stay, and all go on together."""
+        if not batching.model.capabilities.truncate:
+            pytest.skip(f"declared lack: {batching.model.capabilities.lacks['truncate'].reason}")
+        rows = _Rows(batching, lengths)
+        with _pool(batching, slots=3, room=room) as pool:
+            sessions = rows.prefill(pool)
+            for _ in range(3):
+                rows.decode(pool, sessions, [0, 1, 2], "before truncate")
+            kept = max(sessions[2].floor, len(rows.ids[2]) - 2)
+            sessions[2].truncate(kept)
+            del rows.ids[2][kept:]
+            for step in range(3):
+                rows.decode(pool, sessions, [0, 1, 2], f"step {step + 1} after truncate")
+
+    @_BOTH
+    def test_a_cache_in_a_row(self, batching: Subject, lengths: tuple[int, ...], room: int) -> None:
+        """A row takes over a cache of the reference, and another session takes the row's."""
+        if not batching.model.capabilities.kv:
+            pytest.skip(f"declared lack: {batching.model.capabilities.lacks['kv'].reason}")
+        rows = _Rows(batching, lengths[:2])
+        own = batching.model.info.weights_id
+        with _pool(batching, slots=2, room=room) as pool:
+            sessions = [pool.acquire(), pool.acquire()]
+            for session, ids in zip(sessions, rows.ids, strict=True):
+                session.import_kv(replace(batching.oracle.cache(ids), weights_id=own))
+            rows.decode(pool, sessions, [0, 1], "on caches of the reference")
+            rows.decode(pool, sessions, [1, 0], "on caches of the reference, again")
+            cache = sessions[0].export_kv()
+        token = rows.next_token()
+        rows.ids[0].append(token)
+        with batching.session(room) as session:
+            session.import_kv(cache)
+            batching.assert_logits(session.decode(token), rows.expected(0), "on a row's cache")
 
     def test_grow(self, batching: Subject) -> None:
         """More room for every row; what they hold stays."""
