@@ -38,6 +38,7 @@ from phirt.protocols import (
     Accept,
     Availability,
     Capabilities,
+    KVPool,
     Lack,
     LoadOptions,
     ModelInfo,
@@ -196,7 +197,12 @@ class OrtModel(BaseModel):
             return GrowingSession(self, max_length=max_length)
         return SharedSession(self, max_length=max_length, expected_length=expected_length)
 
-    def _new_pool(self, *, slots: int, capacity: int, expected_length: int) -> OrtPool:
+    def _new_pool(self, *, slots: int, capacity: int, expected_length: int) -> KVPool:
+        if not self.capabilities.batch:
+            # A run that fails half way would be tried, and leaves some providers unusable.
+            return super()._new_pool(
+                slots=slots, capacity=capacity, expected_length=expected_length
+            )
         return OrtPool(self, slots=slots, capacity=capacity, expected_length=expected_length)
 
     def _unload(self) -> None:

@@ -26,7 +26,7 @@ def write_export(
     *,
     position_ids: bool = True,
     merged: bool = False,
-    half: bool = False,
+    element: int = TensorProto.FLOAT,
 ) -> Path:
     """Export a Hugging Face folder.
 
@@ -35,7 +35,7 @@ def write_export(
         out: An existing folder to write to.
         position_ids: Whether positions are an input, or counted by the graph.
         merged: Whether ``use_cache_branch`` says that there is a cache.
-        half: Whether cache and logits are float16 (the rest stays float32).
+        element: Type of cache and logits (the rest stays float32).
 
     Returns:
         ``out``.
@@ -44,7 +44,7 @@ def write_export(
         shutil.copy(checkpoint / name, out / name)
     (out / "onnx").mkdir()
     with SafetensorsCheckpoint(checkpoint) as source:
-        export = _Export(source, position_ids=position_ids, merged=merged, half=half)
+        export = _Export(source, position_ids=position_ids, merged=merged, element=element)
         onnx.save(export.model(), out / "onnx" / "model.onnx")
     return out
 
@@ -75,12 +75,11 @@ class _Export:
     """One graph, node by node; every method returns the name of its result."""
 
     def __init__(
-        self, source: SafetensorsCheckpoint, *, position_ids: bool, merged: bool, half: bool
+        self, source: SafetensorsCheckpoint, *, position_ids: bool, merged: bool, element: int
     ) -> None:
         self._source = source
         self._config: DecoderConfig = source.config
-        self._float = TensorProto.FLOAT16 if half else TensorProto.FLOAT
-        self._half = half
+        self._float = element
         self._merged = merged
         self._nodes: list[onnx.NodeProto] = []
         self._tensors: dict[str, onnx.TensorProto] = {}
