@@ -98,16 +98,13 @@ class MlxModel(BaseModel):
         except BaseException:
             execution.close()
             raise
-        # A boundary at the end of the context is none: nothing crosses it.
-        boundary = config.rope.boundary
-        crossed = boundary is not None and boundary < config.context_length
         super().__init__(
             info=ModelInfo(
                 vocab_size=config.vocab_size,
                 context_length=config.context_length,
                 eos_token_ids=eos_token_ids,
                 weights_id=weights_id,
-                rope_boundary=boundary if crossed else None,
+                rope_boundary=config.rope.boundary,
                 window=config.window,
             ),
             capabilities=_CAPABILITIES,

@@ -160,7 +160,8 @@ def _write_safetensors(
     del source
     write_safetensors(checkpoint, out_dir / "model.safetensors", precision=str(precision))
     # Not the source's own: the tensors are in the precision and the names that it says.
-    write_json(out_dir / "config.json", config_document(checkpoint.config))
+    document = config_document(checkpoint.config, precision=str(precision))
+    write_json(out_dir / "config.json", document)
     return ()
 
 

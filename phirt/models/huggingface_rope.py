@@ -83,8 +83,10 @@ def rope_parameters(config: Mapping[str, Any], *, source: str) -> dict[str, Any]
 
 
 def longrope_boundary(config: Mapping[str, Any], *, source: str) -> int | None:
-    """The longest sequence with LongRoPE's short factors, or None without LongRoPE.
+    """The longest sequence with LongRoPE's short factors, or None where none is longer.
 
+    That is so without LongRoPE, and where it begins no earlier than the context ends: files
+    of divisors that no formula gives are spelled so (`phirt.build.huggingface_config`).
     A top-level ``original_max_position_embeddings`` has precedence over that of the rotary
     parameters, as in `transformers`; with neither it is the context.
 
@@ -98,7 +100,9 @@ def longrope_boundary(config: Mapping[str, Any], *, source: str) -> int | None:
     parameters = rope_parameters(config, source=source)
     if parameters["rope_type"] != "longrope":
         return None
-    return _original_context(config, parameters, source)
+    boundary = _original_context(config, parameters, source)
+    context = config.get("max_position_embeddings")
+    return None if type(context) is int and context <= boundary else boundary
 
 
 def read_rotary(config: Mapping[str, Any], *, head_size: int, source: str) -> Rotary:
@@ -132,14 +136,16 @@ def read_rotary(config: Mapping[str, Any], *, head_size: int, source: str) -> Ro
         factors = _llama3_factors(fields, theta, dim, context, source)
         return Rotary(theta=theta, dim=dim, factors=factors)
     if kind == "longrope":
-        boundary = _original_context(config, parameters, source)
+        original = _original_context(config, parameters, source)
+        boundary = longrope_boundary(config, source=source)
+        long_factors = _divisors(fields, "long_factor", dim, source)
         return Rotary(
             theta=theta,
             dim=dim,
             factors=_divisors(fields, "short_factor", dim, source),
-            long_factors=_divisors(fields, "long_factor", dim, source),
+            long_factors=None if boundary is None else long_factors,
             boundary=boundary,
-            attention_factor=_attention_factor(config, fields, boundary, source),
+            attention_factor=_attention_factor(config, fields, original, source),
         )
     return Rotary(theta=theta, dim=dim)
 

@@ -12,6 +12,7 @@ import pytest
 from phirt.build.huggingface_config import config_document
 from phirt.build.safetensors_writer import write_safetensors
 from phirt.errors import UnsupportedModelError
+from phirt.models.huggingface_config import read_config_facts, read_decoder_config
 from phirt.models.rotary import Rotary
 from tests.build.decoders import BOUNDARY, CONTEXT, DECODERS, WINDOW, numpy_logits, random_decoder
 from tests.build.onnx.checkpoints import MemoryCheckpoint, tiny
@@ -52,6 +53,28 @@ def test_divisors_without_parameters_become_factors_that_no_length_changes():
     assert rope["short_factor"] == rope["long_factor"]
     assert rope["original_max_position_embeddings"] == CONTEXT
     assert rope["attention_factor"] == 1.0
+
+
+def test_divisors_are_read_back_as_no_longrope(tmp_path):
+    """A session that could be short or long would not take over the caches of other backends."""
+    config = DECODERS["llama-divisors"]
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config_document(config)))
+    rope = read_decoder_config(path).rope
+    assert (rope, rope.long_factors) == (config.rope, None)
+    assert config.rope.factors is not None
+    assert rope.factors is not None
+    assert np.array_equal(rope.factors, config.rope.factors)
+    assert read_config_facts(path).rope_boundary is None
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_what_is_written_is_read_back(tmp_path, name):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config_document(DECODERS[name])))
+    found = read_decoder_config(path)
+    assert replace(found, attention_scale=None) == replace(DECODERS[name], attention_scale=None)
+    assert math.isclose(found.scale, DECODERS[name].scale)
 
 
 def test_a_llama_with_a_window_is_a_mistral():
