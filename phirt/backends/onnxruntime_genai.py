@@ -74,8 +74,6 @@ _NO_DEVICE = re.compile(
 # What must be on the device for a model to count as running there. The rest, lengths and masks
 # of a few integers, belongs on the CPU: providers leave it there on purpose.
 _HEAVY = re.compile(r"MatMul|Gemm|Attention|MoE")
-# Where genai refuses to append to a cache that is not empty (its SupportsContinuousDecoding).
-_APPEND_ONCE = ("directml", "npu")
 
 
 def _import() -> Any:
@@ -191,18 +189,16 @@ class GenaiModel(BaseModel):
             og=og,
             model=native,
             logits_name=spec.logits,
-            append_once=device.kind in _APPEND_ONCE if append_once is None else append_once,
+            append_once=provider.append_once if append_once is None else append_once,
             in_chunks=device.kind == "cpu" and not append_once,
             last_token=last_token(spec),
             least_capacity=nodes.least_capacity,
         )
         info = _info(folder, nodes)
-        self._placement, last_only = _try_out(self._generators, info, device, provider)
+        self._placement, verify_lack = _try_out(self._generators, info, device, provider)
         super().__init__(
             info=info,
-            capabilities=_capabilities(
-                append_once=self._generators.append_once, last_only=last_only
-            ),
+            capabilities=_capabilities(verify_lack),
             # One command queue or stream serves all generators of a device other than the CPU.
             execution=Parallel() if device.kind == "cpu" else InTurn(),
             native=native,
@@ -240,14 +236,13 @@ def _open(og: Any, config: Any, model_path: Path, device: DeviceName) -> Any:
 
 def _try_out(
     generators: Generators, info: ModelInfo, device: DeviceName, provider: Provider
-) -> tuple[Placement, bool]:
-    """Run two tokens: what ran where, and whether logits are of the last position only."""
+) -> tuple[Placement, Lack | None]:
+    """Run two tokens: what ran where, and why not every position's logits can be had."""
     with tempfile.TemporaryDirectory(prefix="phirt-genai-", ignore_cleanup_errors=True) as scratch:
         try:
             generator = generators.new(min(BUCKET, info.context_length))
             generator.set_runtime_option("enable_profiling", f"{scratch}/run")
             generator.append_tokens(np.zeros(2, np.int32))
-            logits = generator.get_output(generators.logits_name)
         except Exception as error:
             raise translate(error, f"running the model on '{device}'") from error
         kernels = _read_profile(Path(scratch))
@@ -265,7 +260,20 @@ def _try_out(
     placement = Placement(
         device=str(device), provider=provider.execution_provider, nodes=dict(nodes)
     )
-    return placement, logits.shape[1] == 1
+    return placement, _verify_lack(generators, generator)
+
+
+def _verify_lack(generators: Generators, generator: Any) -> Lack | None:
+    if generators.append_once:
+        return Lack("never", "on this device genai appends tokens only once")
+    try:
+        logits = generator.get_output(generators.logits_name)
+    except Exception as error:  # bfloat16, which NumPy does not have
+        reason = f"its Python binding does not give out the graph's logits: {first_line(error)}"
+        return Lack("this version", reason)
+    if logits.shape[1] == 1:
+        return Lack("never", "the graph computes the logits of the last position only")
+    return None
 
 
 def _info(folder: ModelFolder, nodes: GraphNodes) -> ModelInfo:
@@ -279,17 +287,15 @@ def _info(folder: ModelFolder, nodes: GraphNodes) -> ModelInfo:
     )
 
 
-def _capabilities(*, append_once: bool, last_only: bool) -> Capabilities:
+def _capabilities(verify_lack: Lack | None) -> Capabilities:
     lacks = {
         "kv": Lack("never", "genai gives out copies of keys and values, and takes none in"),
         "batch": Lack("never", "rows of one generator share their length"),
         "topk": Lack("never", "genai copies all logits to the host"),
     }
-    if last_only:
-        lacks["verify"] = Lack("never", "the graph computes the logits of the last position only")
-    elif append_once:
-        lacks["verify"] = Lack("never", "on this device genai appends tokens only once")
-    return Capabilities(truncate=True, verify="verify" not in lacks, interrupt=True, lacks=lacks)
+    if verify_lack is not None:
+        lacks["verify"] = verify_lack
+    return Capabilities(truncate=True, verify=verify_lack is None, interrupt=True, lacks=lacks)
 
 
 def _read_profile(folder: Path) -> list[tuple[str, str]]:

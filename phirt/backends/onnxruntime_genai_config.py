@@ -49,6 +49,7 @@ class Provider:
         build: How the distribution of genai that has it inside ends, where not every one has.
         plugin: The package that brings it, where it is a plugin.
         index_option: Its option for the device's index, or None where it has none.
+        append_once: genai appends tokens to an empty cache only, there.
         options: Options that phirt sets.
     """
 
@@ -57,6 +58,7 @@ class Provider:
     build: str = ""
     plugin: str | None = None
     index_option: str | None = None
+    append_once: bool = False
     options: Mapping[str, str] = field(default_factory=dict)
 
     def is_installed(self, og: Any) -> bool:
@@ -83,6 +85,7 @@ PROVIDERS: Mapping[str, tuple[Provider, ...]] = {
             "DmlExecutionProvider",
             build="-directml",
             index_option="device_index",
+            append_once=True,
             # Replaying captured commands computes wrong logits on some drivers, says genai's
             # own source.
             options={"enable_graph_capture": "0"},
@@ -100,7 +103,10 @@ PROVIDERS: Mapping[str, tuple[Provider, ...]] = {
     ),
     "openvino-cpu": (_OPENVINO,),
     "gpu": (_OPENVINO,),
-    "npu": (Provider("QNN", "QNNExecutionProvider", plugin="onnxruntime_qnn"), _OPENVINO),
+    "npu": (
+        Provider("QNN", "QNNExecutionProvider", plugin="onnxruntime_qnn", append_once=True),
+        _OPENVINO,
+    ),
 }
 """Kinds of devices, and the providers that can drive each, preferred first."""
 
@@ -111,7 +117,7 @@ class Settings:
 
     Attributes:
         append_once: Prefill once and feed every later token through the logits, the only way
-            that DirectML has; None for what the device needs.
+            that DirectML and QNN have; None for what the provider needs.
         provider: genai's name of the provider, or None for the device's own.
         provider_options: Its options, by its own names.
         session_options: Entries of ``session_options`` in genai_config.json.

@@ -115,7 +115,8 @@ class GenaiSession(BaseSession):
         return not self._generators.append_once or self._length == 0
 
     def _append(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
-        if every_position and not self._base_model.capabilities.verify:
+        lack = self._base_model.capabilities.lacks.get("verify")
+        if every_position and lack is not None and lack.kind == "never":
             raise NotImplementedError("declared without the capability 'verify'")
         tokens = np.array(token_ids, np.int32)
         total = self._length + len(tokens)

@@ -14,6 +14,7 @@ import pytest
 
 from phirt.backends import onnxruntime_genai, onnxruntime_genai_session
 from phirt.backends.onnxruntime_genai import OnnxRuntimeGenaiBackend
+from phirt.backends.onnxruntime_genai_config import PROVIDERS
 from phirt.backends.onnxruntime_genai_session import translate
 from phirt.build.convert import convert
 from phirt.errors import (
@@ -350,9 +351,23 @@ class TestSession:
             session.prefill(random_ids(40))
         assert calls == [8]
 
+    def test_logits_of_a_type_that_numpy_does_not_have(self, written, monkeypatch):
+        def refuse(generator: Any, name: str) -> None:
+            raise RuntimeError("Unsupported onnx type: 16")
+
+        monkeypatch.setattr(genai.Generator, "get_output", refuse)
+        model = load(written("llama"))
+        lack = model.capabilities.lacks["verify"]
+        assert (lack.kind, "Unsupported onnx type: 16" in lack.reason) == ("this version", True)
+        assert open_session(model).prefill([5, 6]).numpy().shape == (1, model.info.vocab_size)
+
 
 class TestAppendOnce:
     """DirectML's way, forced on the CPU."""
+
+    def test_where_it_is_the_only_way(self):
+        names = {p.name for providers in PROVIDERS.values() for p in providers if p.append_once}
+        assert names == {"DML", "QNN"}
 
     def test_it_prefills_once(self, llama_once):
         session = open_session(llama_once)
