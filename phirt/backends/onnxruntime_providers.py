@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from phirt.devices.names import DeviceName
-from phirt.errors import DeviceNotAvailableError, DevicePlacementError
+from phirt.errors import BackendBrokenError, DeviceNotAvailableError, DevicePlacementError
 from phirt.protocols import Placement
 
 __all__ = ["Provider", "add_to", "find_provider", "installed", "read_placement"]
@@ -54,7 +54,8 @@ class Provider:
 
     Attributes:
         device: The device name, without an index.
-        name: onnxruntime's name of the execution provider.
+        name: onnxruntime's name of the execution provider; empty for a plugin that this table
+            does not know and that is not loaded yet.
         module: The package that brings it as a plugin, or None where it is built in.
         hardware: Which of a plugin's devices: ``"CPU"``, ``"GPU"`` or ``"NPU"``; None for any.
         memory: onnxruntime's name of the memory that the cache lies in.
@@ -159,21 +160,24 @@ def find_provider(ort: Any, device: str) -> Provider:
 
     Raises:
         DeviceNotAvailableError: None is installed, or it finds no such device.
+        BackendBrokenError: A plugin for it is installed and cannot be loaded.
     """
     wanted = DeviceName.parse(device)
     index = wanted.index or 0
     empty = []
     for row in installed(ort, wanted.kind):
-        # A built-in provider with one device has no option to choose another.
-        count = 1 if row.module is None else len(_plugin_devices(ort, row))
-        if index < count or row.index_option is not None:
-            return replace(row, index=index)
+        # A built-in provider without an option for it has one device.
+        if row.module is None:
+            if index == 0 or row.index_option is not None:
+                return replace(row, index=index)
+        elif index < len(devices := _plugin_devices(ort, row)):
+            return replace(row, index=index, name=devices[index].ep_name)
         empty.append(row)
     if empty:
         found = f"{empty[0].module or empty[0].name} is installed, and finds no such device"
     else:
-        names = dict.fromkeys(row.name for row in installed(ort))
-        found = f"none of the execution providers that are installed serves it ({', '.join(names)})"
+        names = ", ".join(dict.fromkeys(row.name or str(row.module) for row in installed(ort)))
+        found = f"none of the execution providers that are installed serves it ({names})"
     raise DeviceNotAvailableError(
         f"Device {device!r} is not available to backend 'onnxruntime': {found}. "
         'Install the wheel or plugin that serves it, or pass device="cpu".'
@@ -232,32 +236,58 @@ def read_placement(inference: Any, provider: Provider, device: str) -> Placement
 
 def _rows() -> Iterator[Provider]:
     yield from _TABLE
-    for found in pkgutil.iter_modules():
-        if found.name.startswith(_PREFIX) and found.name not in _KNOWN_MODULES:
-            device = found.name.removeprefix(_PREFIX).replace("_", "-")
-            for name in importlib.import_module(found.name).get_ep_names():
-                yield Provider(device=device, name=name, module=found.name)
+    for name in _module_names():
+        if name.startswith(_PREFIX) and name not in _KNOWN_MODULES:
+            # What it calls its provider, it says once it is loaded.
+            device = name.removeprefix(_PREFIX).replace("_", "-")
+            yield Provider(device=device, name="", module=name)
+
+
+def _module_names() -> list[str]:
+    return [found.name for found in pkgutil.iter_modules()]
 
 
 def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-_registered: set[str] = set()
+def _import_plugin(module: str) -> Any:
+    return importlib.import_module(module)
+
+
+_registered: dict[str, tuple[str, ...]] = {}
 _lock = threading.Lock()
 
 
+def _plugin_names(ort: Any, module: str) -> tuple[str, ...]:
+    """Names of a plugin's providers; its library is registered once per process.
+
+    Raises:
+        BackendBrokenError: The plugin is installed and cannot be loaded.
+    """
+    with _lock:
+        if module not in _registered:
+            try:
+                plugin = _import_plugin(module)
+                ort.register_execution_provider_library(module, plugin.get_library_path())
+                _registered[module] = tuple(plugin.get_ep_names())
+            # A native library may raise anything at all while it initialises.
+            except Exception as error:
+                raise BackendBrokenError(
+                    f"Backend 'onnxruntime': the plugin {module!r} is installed, but loading it "
+                    f"failed with {type(error).__name__}: {error}. Reinstall it, in a version "
+                    f"made for onnxruntime {ort.__version__}."
+                ) from error
+        return _registered[module]
+
+
 def _plugin_devices(ort: Any, provider: Provider) -> list[Any]:
-    """The devices of a plugin, whose library is registered once per process."""
+    """The devices that a plugin offers for a row of the table."""
     if provider.module is None:
         return []
-    with _lock:
-        if provider.module not in _registered:
-            path = importlib.import_module(provider.module).get_library_path()
-            ort.register_execution_provider_library(provider.module, path)
-            _registered.add(provider.module)
+    names = _plugin_names(ort, provider.module)
     return [
         found
         for found in ort.get_ep_devices()
-        if found.ep_name == provider.name and provider.hardware in (None, found.device.type.name)
+        if found.ep_name in names and provider.hardware in (None, found.device.type.name)
     ]
