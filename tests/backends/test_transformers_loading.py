@@ -7,11 +7,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from phirt.backends.transformers import TransformersBackend
+from phirt.backends.transformers_devices import check_device
+from phirt.backends.transformers_model import TransformersModel, translate
 from phirt.errors import (
     BackendBrokenError,
     BackendNotInstalledError,
@@ -19,6 +22,7 @@ from phirt.errors import (
     DeviceNotAvailableError,
     DevicePlacementError,
     ModelFormatError,
+    OutOfMemoryError,
     SessionClosedError,
     UnsupportedModelError,
 )
@@ -45,8 +49,6 @@ class TestPlacement:
         assert llama.placement().device == llama.placement().provider == "cpu"
 
     def test_weights_on_two_devices_are_refused(self, folder: Path) -> None:
-        from phirt.backends.transformers_model import TransformersModel
-
         network = oracle(folder)
         network.lm_head.to("meta")
         held = read_folder(folder, formats=("safetensors",))
@@ -69,6 +71,46 @@ class TestPlacement:
         artifact = artifact_of(folder)
         assert isinstance(TransformersBackend().accepts(artifact, device), Reject)
         assert isinstance(TransformersBackend().accepts(artifact, "cpu"), Accept)
+
+    def test_devices_are_listed_as_phirt_names_them(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def module(count: int) -> SimpleNamespace:
+            return SimpleNamespace(is_available=lambda: count > 0, device_count=lambda: count)
+
+        fake = SimpleNamespace(
+            __version__="2.13.0",
+            cuda=module(2),
+            xpu=module(0),
+            backends=SimpleNamespace(mps=module(1)),
+            device=lambda *parts: parts,
+        )
+        monkeypatch.setitem(sys.modules, "torch", fake)
+        names = [found.device for found in TransformersBackend().probe()]
+        assert names == ["cpu", "cuda", "cuda:0", "cuda:1", "metal"]
+        assert check_device(fake, "cuda:1") == ("cuda", 1)
+        assert check_device(fake, "metal") == ("mps",)
+        with pytest.raises(DeviceNotAvailableError, match=r"finds 2 devices .* cuda:1, metal"):
+            check_device(fake, "cuda:2")
+
+
+class TestNativeErrors:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            MemoryError(),
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"
+            ),
+            RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)"),
+        ],
+    )
+    def test_failed_allocations_are_out_of_memory(self, error: Exception) -> None:
+        assert isinstance(translate(error, "running 3 tokens"), OutOfMemoryError)
+
+    def test_any_other_names_what_was_done_and_what_was_raised(self) -> None:
+        error = translate(RuntimeError("expected scalar type\nat line 3"), "running 3 tokens")
+        assert isinstance(error, BackendRuntimeError)
+        assert str(error).endswith("while running 3 tokens: RuntimeError: expected scalar type")
 
 
 class TestInstallation:
