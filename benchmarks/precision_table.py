@@ -27,7 +27,7 @@ from tokenizers import Tokenizer
 
 from benchmarks.bare_loop import BareLoop
 from phirt.build.convert import convert
-from phirt.build.precision import Precision
+from phirt.build.precision import FORMAT_PRECISIONS
 from phirt.models.catalog import DEFAULT_MODEL, get_entry
 from phirt.models.pypi import resolve_source
 from phirt.models.store import Store
@@ -121,7 +121,7 @@ def measure_speed(
 
 def convert_all(source: Path, scratch: Path) -> dict[str, Path]:
     folders = {}
-    for precision in Precision:
+    for precision in FORMAT_PRECISIONS["onnx-genai"]:
         folder = scratch / precision
         folder.mkdir()
         convert(source, folder, layout="onnx-genai", precision=precision)
