@@ -262,11 +262,12 @@ class TestBeginsLongSessionsShort(Suite):
 
 
 class LackingBackend(Backend):
+    lack: ClassVar = Lack("never", "it is the fault of this test")
+
     def load(self, artifact: Artifact, device: str, options: LoadOptions) -> ReferenceModel:
         model = super().load(artifact, device, options)
         rest = dict.fromkeys(("truncate", "interrupt", "kv", "batch", "topk"), True)
-        lacks = {"verify": Lack("never", "it is the fault of this test")}
-        model.capabilities = Capabilities(**rest, lacks=lacks)
+        model.capabilities = Capabilities(**rest, lacks={"verify": self.lack})
         return model
 
 
@@ -274,12 +275,23 @@ class TestLacksWhatWorks(Suite):
     backend = LackingBackend
 
 
-class TestAnswersWhatItLacks(Suite):
-    class Broken(ReferenceSession):
-        def verify(self, token_ids: Sequence[int]) -> Logits:
-            return self.prefill(token_ids)  # Of the last position only.
+class LastPositionOnly(ReferenceSession):
+    def verify(self, token_ids: Sequence[int]) -> Logits:
+        return self.prefill(token_ids)
 
-    backend = type("Broken", (LackingBackend,), {"session": Broken})
+
+class TestAnswersWhatItLacks(Suite):
+    backend = type("Broken", (LackingBackend,), {"session": LastPositionOnly})
+
+
+class TestIsWrongInThisVersion(Suite):
+    """No fault: the lack says that the runtime is wrong, and the suite waits until it is not."""
+
+    backend = type(
+        "Broken",
+        (LackingBackend,),
+        {"session": LastPositionOnly, "lack": Lack("this version", "it is wrong, and known to be")},
+    )
 
 
 class TestLoadsWhatItRejects(Suite):
