@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 from phirt.backends.base import BaseModel
 from phirt.backends.execution import Parallel
 from phirt.backends.openvino_cache import cache_key, checked_cache
-from phirt.backends.openvino_graph import DecoderGraph, adapt
+from phirt.backends.openvino_graph import DecoderGraph
+from phirt.backends.openvino_reading import read_graph
 from phirt.backends.openvino_runtime import EXTRA, NAME, import_openvino, reason_of, translate
 from phirt.backends.openvino_session import OpenVinoSession, run_once
 from phirt.devices.names import DeviceName
@@ -21,11 +22,8 @@ from phirt.errors import (
     BackendNotInstalledError,
     DeviceNotAvailableError,
     DevicePlacementError,
-    ModelFormatError,
-    OutOfMemoryError,
 )
 from phirt.models.folder import ModelFolder, read_folder
-from phirt.models.real_files import real_folder
 from phirt.models.store import Store
 from phirt.protocols import (
     Accept,
@@ -43,8 +41,7 @@ __all__ = ["OpenVinoBackend", "OpenVinoModel"]
 
 _logger = logging.getLogger(__name__)
 
-_FORMAT = "openvino"
-_GRAPH = "openvino_model.xml"
+_FORMATS = ("openvino", "onnx-genai", "onnx")
 # phirt's names of devices, and OpenVINO's.
 _KINDS = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU", "openvino-auto": "AUTO"}
 
@@ -58,7 +55,7 @@ class OpenVinoBackend:
     """Adapter to OpenVINO's ``CompiledModel``."""
 
     name: ClassVar[str] = NAME
-    formats: ClassVar[tuple[str, ...]] = (_FORMAT,)
+    formats: ClassVar[tuple[str, ...]] = _FORMATS
 
     def probe(self) -> list[Availability]:
         """Which devices OpenVINO's plugins find here."""
@@ -83,15 +80,15 @@ class OpenVinoBackend:
             return [Availability("cpu", "broken", f"OpenVINO found: {reason_of(error)}")]
 
     def accepts(self, artifact: Artifact, device: str) -> Accept | Reject:
-        """Accepts folders of OpenVINO IR, on the devices that OpenVINO knows."""
+        """Accepts folders of OpenVINO IR or ONNX, on the devices that OpenVINO knows."""
         kind = DeviceName.parse(device).kind
         if kind not in _KINDS:
             return Reject(
                 f"OpenVINO has no device {device!r}", f"Pass one of: {', '.join(_KINDS)}."
             )
-        if artifact.format != _FORMAT:
+        if artifact.format not in _FORMATS:
             return Reject(
-                f"OpenVINO reads folders with an openvino_model.xml, not {artifact.format!r}"
+                f"OpenVINO reads folders of {', '.join(_FORMATS)}, not {artifact.format!r}"
             )
         return Accept()
 
@@ -154,9 +151,7 @@ class OpenVinoModel(BaseModel):
         options: LoadOptions,
     ) -> None:
         self._ov = ov
-        path = _graph_path(folder)
-        model = _read(core, path)
-        self.graph = adapt(model, str(path))
+        model, self.graph, path = read_graph(core, folder)
         properties = _properties(target, options)
         key = cache_key(path, folder.artifact.weights_id, ov.get_version(), target)
         with _cached(key, properties) as cached:
@@ -209,23 +204,6 @@ class OpenVinoModel(BaseModel):
         self.compiled = None
 
 
-def _graph_path(folder: ModelFolder) -> Path:
-    # OpenVINO does not follow links, which a Hugging Face cache is made of.
-    return real_folder(folder.artifact.path) / _GRAPH
-
-
-def _read(core: Any, path: Path) -> Any:
-    try:
-        return core.read_model(os.fspath(path))
-    except Exception as error:
-        translated = translate(error, f"reading {path}")
-        if isinstance(translated, OutOfMemoryError):
-            raise translated from error
-        raise ModelFormatError(
-            f"OpenVINO cannot read {path}: {reason_of(error)}. Fetch or export the model again."
-        ) from error
-
-
 def _properties(target: str, options: LoadOptions) -> dict[str, Any]:
     properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     if target == "CPU":
@@ -274,5 +252,10 @@ def _capabilities(graph: DecoderGraph) -> Capabilities:
     if not graph.cache:
         reason = "the graph's states are not keys and values by position"
         lacks |= {"truncate": Lack("never", reason), "kv": Lack("never", reason)}
+    if graph.prunes:
+        reason = "the graph computes the logits of the last position only"
+        lacks["verify"] = Lack("never", reason)
     plain = bool(graph.cache)
-    return Capabilities(truncate=plain, kv=plain, verify=True, interrupt=True, lacks=lacks)
+    return Capabilities(
+        truncate=plain, kv=plain, verify=not graph.prunes, interrupt=True, lacks=lacks
+    )

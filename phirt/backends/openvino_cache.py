@@ -22,6 +22,7 @@ _logger = logging.getLogger(__name__)
 
 _CHECKSUM_SUFFIX = ".crc32"
 _CHUNK_BYTES = 1 << 22
+_LARGEST_GRAPH = 1 << 26  # bytes
 _LOCK_SECONDS = 60
 
 
@@ -29,12 +30,13 @@ def cache_key(graph: Path, *facts: str) -> str:
     """The name of a cache folder: a hash of all that a compiled model depends on.
 
     Args:
-        graph: The graph's file, which is hashed whole. Of the files beside it, which hold the
-            weights, sizes and times of modification are.
+        graph: The graph's file, whose beginning is hashed: that is all of one that does not
+            hold its weights. Of it and the files beside it, sizes and times are hashed, too.
         facts: Whatever else decides: identity of the weights, version of the runtime.
     """
     digest = hashlib.sha256("\0".join(facts).encode())
-    digest.update(graph.read_bytes())
+    with graph.open("rb") as stream:
+        digest.update(stream.read(_LARGEST_GRAPH))
     for file in sorted(graph.parent.glob(f"{graph.stem}*")):
         status = file.stat()
         digest.update(f"\0{file.name}\0{status.st_size}\0{status.st_mtime_ns}".encode())

@@ -47,11 +47,13 @@ class DecoderGraph:
 
     Attributes:
         inputs: Names of its inputs.
+        prunes: Whether its logits are always those of the last position alone.
         cache: Per layer, the states of keys and of values; empty where the states are not
             those of plain attention, so that they cannot be cut or moved.
     """
 
     inputs: frozenset[str]
+    prunes: bool
     cache: tuple[tuple[State, State], ...]
 
 
@@ -84,8 +86,10 @@ def adapt(model: Any, source: str) -> DecoderGraph:
             f"{source} has no states: it was exported without a KV cache. Export it again, "
             'with optimum-cli: --task text-generation-with-past, without "--disable-stateful".'
         )
-    keeps = _keep_last_logits(model, source)
-    return DecoderGraph(inputs | {KEEP_INPUT} if keeps else inputs, _cache_of(states))
+    prunes = model.output(_LOGITS).partial_shape[1].max_length == 1
+    if not prunes and _keep_last_logits(model, source):
+        inputs |= {KEEP_INPUT}
+    return DecoderGraph(inputs, prunes, _cache_of(states))
 
 
 def _cache_of(states: list[Any]) -> tuple[tuple[State, State], ...]:

@@ -159,7 +159,8 @@ class OpenVinoSession(BaseSession):
         states = self._named_states() if values else {}
         try:
             for name, array in values.items():
-                states[name].state = self._ov.Tensor(array)
+                # Half the width where a graph keeps its cache in float16.
+                states[name].state = self._ov.Tensor(array.astype(states[name].state.data.dtype))
         except Exception as error:
             raise translate(error, f"taking over a cache of {cache.length} tokens") from error
 

@@ -382,6 +382,49 @@ class TestGraphsOfOtherMakers:
         self.check(model, expected)
 
 
+class TestOnnx:
+    """The last resort: phirt's own ONNX graph, and the same as optimum lays it out."""
+
+    def steps(self, model: OpenVinoModel) -> FloatArray:
+        session = model.new_session(max_length=100, expected_length=100)
+        rows = [session.prefill(TOKENS[:40]).numpy().copy()]
+        rows += [session.decode(token).numpy().copy() for token in TOKENS[40:50]]
+        session.truncate(45)
+        rows.append(session.prefill(TOKENS[45:60]).numpy().copy())
+        other = model.new_session(max_length=100, expected_length=100)
+        other.import_kv(session.export_kv())
+        rows.append(other.decode(TOKENS[60]).numpy().copy())
+        return np.concatenate(rows)
+
+    @pytest.mark.parametrize("layout", ["onnx-genai", "onnx"])
+    def test_it_computes_the_same(self, root, llama, tmp_path, layout):
+        folder = tmp_path / "folder"
+        folder.mkdir()
+        convert(root / "llama", folder, layout="onnx-genai", precision="fp32")
+        if layout == "onnx":
+            (folder / "onnx").mkdir()
+            for name in ("model.onnx", "model.onnx.data"):
+                (folder / name).rename(folder / "onnx" / name)
+            for name in ("genai_config.json", "phirt.json"):
+                (folder / name).unlink()
+            (folder / "config.json").write_bytes((root / "llama" / "config.json").read_bytes())
+        model = load(folder)
+        assert artifact_of(folder).format == layout
+        assert not model.capabilities.verify  # This graph's optional input becomes a constant.
+        assert difference(self.steps(model), self.steps(llama)) < TOLERANCE
+
+    def test_a_graph_that_is_no_decoder_is_refused(self, root, tmp_path):
+        from onnx import TensorProto, helper, save
+
+        convert(root / "llama", tmp_path, layout="onnx-genai", precision="fp32")
+        x, y = (helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 3]) for n in "xy")
+        graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
+        (tmp_path / "phirt.json").unlink()
+        save(helper.make_model(graph), tmp_path / "model.onnx")
+        with pytest.raises(UnsupportedModelError, match="x"):
+            load(tmp_path)
+
+
 class TestDevices:
     def test_probe_finds_the_cpu(self):
         found = {each.device: each for each in OpenVinoBackend().probe()}
