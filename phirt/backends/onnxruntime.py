@@ -76,7 +76,7 @@ class OnnxRuntimeBackend:
         version = f"onnxruntime {ort.__version__}"
         found: dict[str, Availability] = {}
         for row in installed(ort):
-            source = ", ".join(filter(None, (version, row.module, row.name)))
+            source = ", ".join(filter(None, (version, row.module, row.name))) + ": not tried"
             found.setdefault(row.device, Availability(row.device, "found", source))
         return list(found.values())
 
