@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from phirt.models.folder import read_folder
+from phirt.models.genai_config import GENAI_CONFIG_NAME, read_genai_config
 
 __all__ = ["BareLoop"]
 
@@ -36,7 +36,7 @@ class BareLoop:
     def __init__(
         self, folder: Path, *, capacity: int = 2048, threads: int = 2, session: Any = None
     ) -> None:
-        spec = read_folder(folder).decoder
+        spec = read_genai_config(folder / GENAI_CONFIG_NAME)
         self._session = session or _open(folder / spec.filename, threads)
         self._vocab = spec.vocab_size
         optional = [item.name for item in self._session.get_overridable_initializers()]

@@ -32,14 +32,17 @@ _MAX_TEXT_BYTES = 1 << 28
 class Source(Protocol):
     """An open source."""
 
-    name: str
-    """Of the file or folder."""
+    @property
+    def name(self) -> str:
+        """Of the file or folder."""
 
-    checkpoint: Checkpoint
-    """Configuration and weights."""
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """Configuration and weights."""
 
-    packages: tuple[str, ...]
-    """What had a part in reading it."""
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """What had a part in reading it."""
 
     @property
     def source_id(self) -> str:

@@ -35,8 +35,8 @@ class TestFolder:
         assert folder.artifact.architecture == "llama"
         assert folder.artifact.precision == "exact"
         assert folder.chat_template == CHAT_TEMPLATE
-        assert folder.decoder.context_length == 256
-        assert folder.decoder.eos_token_ids
+        assert folder.facts.context_length == 256
+        assert folder.facts.eos_token_ids
         assert folder.generation_defaults.get("do_sample") is None, "greedy where nothing is said"
         assert folder.manifest is not None
         digest = sha256(tiny_q4_1_gguf.read_bytes()).hexdigest()
