@@ -27,8 +27,8 @@ __all__ = ["find_objection", "load_network", "quiet"]
 _logger = logging.getLogger(__name__)
 _quiet = threading.Lock()
 
-# Instructions to the loader, not facts about the architecture: they name code, packages,
-# kernels or files to get.
+# Instructions, not facts about the architecture. To the loader: code, packages, kernels or
+# files to get. To every forward pass: what to return beside the logits.
 _INSTRUCTIONS = frozenset(
     {
         "attn_implementation",
@@ -38,6 +38,8 @@ _INSTRUCTIONS = frozenset(
         "experts_implementation",
         "fusion_config",
         "kernel_config",
+        "output_attentions",
+        "output_hidden_states",
         "transformers_weights",
         "use_kernels",
     }

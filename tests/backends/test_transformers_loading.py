@@ -199,6 +199,7 @@ class TestTheFolderIsData:
             transformers_weights="planted.bin",
             fusion_config={"planted": True},
             use_kernels=True,
+            output_hidden_states=True,
         )
         monkeypatch.setattr(socket.socket, "connect", lambda *_: pytest.fail("went online"))
         model: Any = load(folder)
@@ -206,6 +207,7 @@ class TestTheFolderIsData:
         assert not planted.exists()
         assert not [name for name in sys.modules if name.startswith("transformers_modules")]
         assert model.network.config._attn_implementation == "sdpa"
+        assert not model.network.config.output_hidden_states
         assert capfd.readouterr() == ("", "")
 
     def test_m3_a_pickle_beside_the_safetensors_is_not_opened(self, folder: Path) -> None:
