@@ -177,11 +177,11 @@ class GenaiModel(BaseModel):
         device: DeviceName,
         options: LoadOptions,
     ) -> None:
-        settings = Settings.read(options.extra)
+        settings = Settings.read(options)
         provider = choose_provider(og, device, settings)
         nodes = read_nodes(model_path)
         with open_config(
-            og, spec, model_path, device=device, provider=provider, options=options
+            og, spec, model_path, device=device, provider=provider, settings=settings
         ) as config:
             native = _open(og, config, model_path, device)
         append_once = settings.append_once

@@ -73,7 +73,12 @@ class Provider:
 
 
 _CPU = Provider("CPU", "CPUExecutionProvider")
-_OPENVINO = Provider("OpenVINO", "OpenVINOExecutionProvider", plugin="onnxruntime_ep_openvino")
+_OPENVINO = Provider(
+    "OpenVINO",
+    "OpenVINOExecutionProvider",
+    plugin="onnxruntime_ep_openvino",
+    index_option="device_type",
+)
 _OPENVINO_DEVICES = {"openvino-cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
 
 PROVIDERS: Mapping[str, tuple[Provider, ...]] = {
@@ -113,9 +118,11 @@ PROVIDERS: Mapping[str, tuple[Provider, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """`LoadOptions.extra`, checked.
+    """`LoadOptions`, with the settings that its ``extra`` holds.
 
     Attributes:
+        threads: Threads within one operator, or None for genai's default.
+        spinning: Whether idle threads spin, or None for onnxruntime's default.
         append_once: Prefill once and feed every later token through the logits, the only way
             that DirectML and QNN have; None for what the provider needs.
         provider: genai's name of the provider, or None for the device's own.
@@ -123,25 +130,27 @@ class Settings:
         session_options: Entries of ``session_options`` in genai_config.json.
     """
 
+    threads: int | None = None
+    spinning: bool | None = None
     append_once: bool | None = None
     provider: str | None = None
     provider_options: Mapping[str, str] = field(default_factory=dict)
     session_options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def read(cls, extra: Mapping[str, Any]) -> Settings:
-        """Check the keys of `LoadOptions.extra`.
+    def read(cls, options: LoadOptions) -> Settings:
+        """Take the options apart.
 
         Raises:
-            ValueError: One of them is unknown.
+            ValueError: ``extra`` has a setting that does not exist.
         """
-        unknown = sorted(extra.keys() - set(_EXTRA_KEYS))
+        unknown = sorted(options.extra.keys() - set(_EXTRA_KEYS))
         if unknown:
             raise ValueError(
                 f"Backend 'onnxruntime-genai' has no setting {', '.join(map(repr, unknown))}; "
                 f"it has {', '.join(map(repr, _EXTRA_KEYS))}."
             )
-        return cls(**extra)
+        return cls(threads=options.threads, spinning=options.spinning, **options.extra)
 
 
 def choose_provider(og: Any, device: DeviceName, settings: Settings) -> Provider:
@@ -153,7 +162,8 @@ def choose_provider(og: Any, device: DeviceName, settings: Settings) -> Provider
         settings: May name another provider than the device's first.
 
     Raises:
-        DeviceNotAvailableError: genai has none for this kind of device.
+        DeviceNotAvailableError: genai has none for this kind of device, or cannot choose the
+            one of that index.
         ValueError: The settings name one that does not drive it.
     """
     candidates = PROVIDERS.get(device.kind)
@@ -162,13 +172,27 @@ def choose_provider(og: Any, device: DeviceName, settings: Settings) -> Provider
             f"Device '{device}' is not available to backend 'onnxruntime-genai', which has "
             f"execution providers for {', '.join(PROVIDERS)}. Pass one of these."
         )
-    if settings.provider is None:
-        return next((p for p in candidates if p.is_installed(og)), candidates[0])
+    provider = _named(candidates, device, settings.provider)
+    if provider is None:
+        provider = next((p for p in candidates if p.is_installed(og)), candidates[0])
+    if device.index and provider.index_option is None:
+        raise DeviceNotAvailableError(
+            f"Device '{device}' is not available to backend 'onnxruntime-genai': its provider "
+            f"{provider.name} has no choice among several devices. Pass device={device.kind!r}."
+        )
+    return provider
+
+
+def _named(
+    candidates: tuple[Provider, ...], device: DeviceName, name: str | None
+) -> Provider | None:
+    if name is None:
+        return None
     for provider in candidates:
-        if provider.name.lower() == settings.provider.lower():
+        if provider.name.lower() == name.lower():
             return provider
     names = ", ".join(repr(provider.name) for provider in candidates)
-    raise ValueError(f"provider={settings.provider!r} does not drive '{device}'; it has {names}.")
+    raise ValueError(f"provider={name!r} does not drive '{device}'; it has {names}.")
 
 
 def last_token(spec: DecoderSpec) -> int:
@@ -184,7 +208,7 @@ def open_config(
     *,
     device: DeviceName,
     provider: Provider,
-    options: LoadOptions,
+    settings: Settings,
 ) -> Iterator[Any]:
     """An ``og.Config`` for a graph that phirt has checked, to make an ``og.Model`` from.
 
@@ -194,13 +218,13 @@ def open_config(
         model_path: The graph; it and its weights are all that is opened of the folder.
         device: What to run on.
         provider: What drives it.
-        options: Threads, spinning and extra settings.
+        settings: How.
     """
     if provider.plugin is not None:
         _register_plugin(og, provider, provider.plugin)
     data_folder = model_path.parent.resolve()
     with _folder_near(data_folder) as scratch:
-        document = _document(spec, device, provider, options)
+        document = _document(spec, device, provider, settings)
         document["model"]["decoder"]["session_options"] |= {
             # Relative, since genai takes a path for one inside the folder of its configuration.
             "session.model_external_initializers_file_folder_path": os.path.relpath(
@@ -233,10 +257,9 @@ def _folder_near(data_folder: Path) -> Iterator[Path]:
 
 
 def _document(
-    spec: DecoderSpec, device: DeviceName, provider: Provider, options: LoadOptions
+    spec: DecoderSpec, device: DeviceName, provider: Provider, settings: Settings
 ) -> dict[str, Any]:
     """genai_config.json, from facts only."""
-    settings = Settings.read(options.extra)
     inputs = {
         "input_ids": spec.input_ids,
         "attention_mask": spec.attention_mask,
@@ -250,7 +273,7 @@ def _document(
             # Errors reach the caller as exceptions; a library does not write to stderr as well.
             "log_severity_level": 4,
             "provider_options": _provider_options(device, provider, settings),
-            **_threading(options),
+            **_threading(settings),
             **settings.session_options,
         },
         "filename": spec.filename,
@@ -280,12 +303,12 @@ def _document(
     }
 
 
-def _threading(options: LoadOptions) -> dict[str, Any]:
+def _threading(settings: Settings) -> dict[str, Any]:
     entries: dict[str, Any] = {}
-    if options.threads is not None:
-        entries["intra_op_num_threads"] = options.threads
-    if options.spinning is not None:
-        entries["session.intra_op.allow_spinning"] = "1" if options.spinning else "0"
+    if settings.threads is not None:
+        entries["intra_op_num_threads"] = settings.threads
+    if settings.spinning is not None:
+        entries["session.intra_op.allow_spinning"] = "1" if settings.spinning else "0"
     return entries
 
 

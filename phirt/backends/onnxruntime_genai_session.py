@@ -97,12 +97,11 @@ class GenaiSession(BaseSession):
     ) -> None:
         super().__init__(model, max_length=max_length)
         self._generators = generators
+        self._append_once = generators.append_once
         self._generator: Any = None
         self._capacity = 0
         self._interrupted = False
-        self._only = np.zeros(
-            (1, model.info.vocab_size if generators.append_once else 0), np.float32
-        )
+        self._only = np.zeros((1, model.info.vocab_size if self._append_once else 0), np.float32)
         try:
             self._allocate(min(expected_length, max_length))
         except BaseException:
@@ -112,7 +111,7 @@ class GenaiSession(BaseSession):
     @property
     def can_extend(self) -> bool:
         """Whether `prefill` may be called on a cache that is not empty."""
-        return not self._generators.append_once or self._length == 0
+        return not self._append_once or self._length == 0
 
     def _append(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
         lack = self._base_model.capabilities.lacks.get("verify")
@@ -136,8 +135,7 @@ class GenaiSession(BaseSession):
         rows: list[FloatArray] = []
         for chunk in self._chunks(tokens):
             self._generator.append_tokens(chunk)
-            if self._interrupted:
-                raise InterruptedError("interrupted between two calls of genai")
+            self._check_interrupted()
             if every_position:
                 rows.append(self._generator.get_output(self._generators.logits_name)[0])
         if every_position:
@@ -160,7 +158,7 @@ class GenaiSession(BaseSession):
     def _can_choose(self, tokens: NDArray[np.int32]) -> bool:
         """Whether genai can be made to choose the token, instead of being given it."""
         return (
-            self._generators.append_once
+            self._append_once
             and 0 < self._length < self._capacity
             and len(tokens) == 1
             and int(tokens[0]) != self._generators.last_token  # genai would not go on behind it
@@ -172,7 +170,13 @@ class GenaiSession(BaseSession):
         self._generator.set_logits(self._only)
         self._only[0, token] = 0
         self._generator.generate_next_token()
-        return self._last()
+        logits = self._last()
+        self._check_interrupted()
+        return logits
+
+    def _check_interrupted(self) -> None:
+        if self._interrupted:
+            raise InterruptedError("the session was interrupted during a call of genai")
 
     def _last(self) -> FloatArray:
         logits: FloatArray = self._generator.get_logits()[0]
@@ -196,7 +200,7 @@ class GenaiSession(BaseSession):
 
     def _truncate(self, length: int) -> None:
         try:
-            if not self._generators.append_once or length == 0:
+            if not self._append_once or length == 0:
                 self._generator.rewind_to(length)
             elif length < self._length:
                 # genai wants the logits of the last token before it chooses the next one, and
@@ -212,3 +216,4 @@ class GenaiSession(BaseSession):
 
     def _free(self) -> None:
         self._generator = None
+        del self._generators  # which holds the weights

@@ -423,6 +423,11 @@ class TestDevices:
         with pytest.raises(DeviceNotAvailableError, match="abacus"):
             load(written("llama"), "abacus")
 
+    @pytest.mark.parametrize("device", ["cpu:1", "webgpu:2"])
+    def test_an_index_that_the_provider_cannot_choose(self, written, device):
+        with pytest.raises(DeviceNotAvailableError, match=f"'{device}' .* no choice among several"):
+            load(written("llama"), device)
+
     @pytest.mark.parametrize("device", ["cuda", "cuda:1", "directml", "tensorrt-rtx"])
     def test_devices_that_the_installed_build_does_not_have(self, written, device):
         if genai.__id__ != "onnxruntime-genai":
