@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from phirt.backends.base import BaseModel
-from phirt.backends.execution import Parallel
+from phirt.backends.execution import InTurn
 from phirt.backends.openvino_cache import cache_key, checked_cache
 from phirt.backends.openvino_graph import DecoderGraph
 from phirt.backends.openvino_reading import read_graph
@@ -45,10 +45,14 @@ _FORMATS = ("openvino", "onnx-genai", "onnx")
 # phirt's names of devices, and OpenVINO's.
 _KINDS = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU", "openvino-auto": "AUTO"}
 
-# Left alone, the CPU plugin computes in bfloat16 where the processor can, and keeps keys and
-# values in 8 bits: a KL of its own, which docs/backends/openvino.md has, and on the machine
-# that it was measured on no gain in decoding.
-_CPU_PROPERTIES = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
+# Left alone, the CPU plugin computes in bfloat16 where the processor can, keeps keys and values
+# in 8 bits, and pins its threads to cores, where they wait for whatever else runs on those.
+# docs/backends/openvino.md has what each costs.
+_CPU_PROPERTIES = {
+    "INFERENCE_PRECISION_HINT": "f32",
+    "KV_CACHE_PRECISION": "f32",
+    "ENABLE_CPU_PINNING": False,
+}
 
 
 class OpenVinoBackend:
@@ -168,7 +172,9 @@ class OpenVinoModel(BaseModel):
                 window=facts.window,
             ),
             capabilities=_capabilities(self.graph),
-            execution=Parallel(),
+            # OpenVINO would queue calls by itself. Taking turns here, a call that fails is
+            # followed by `_recover` before any other.
+            execution=InTurn(),
             native=self.compiled,
         )
 

@@ -70,8 +70,7 @@ class OpenVinoSession(BaseSession):
                 logits = self._run_chunk(chunk, done, every_position=every_position)
                 done += len(chunk)
         except Exception as error:
-            if self._state != "interrupted":
-                self._recover()
+            self._recover()
             raise translate(error, f"running {count} tokens after {self._length}") from error
         rows = logits[0] if every_position else logits[0, -1:]
         return HostLogits(rows.astype(np.float32, copy=False))
@@ -178,9 +177,9 @@ class OpenVinoSession(BaseSession):
 def run_once(request: Any, graph: DecoderGraph, length: int) -> None:
     """Run a prompt of padding on a fresh request, for its effect on the compiled model.
 
-    The CPU plugin keeps the shapes of its last call. After one that ended half-way, when memory
-    ran out, it fails at calls of the lengths that came before (2026.4), until one of another
-    length makes it compute all shapes anew.
+    The CPU plugin keeps the shapes of its last call. After one that ended half-way, cancelled
+    or out of memory, it fails at calls of the lengths that came before (2026.4), until one of
+    another length makes it compute all shapes anew.
 
     Args:
         request: An infer request that nothing else uses.

@@ -183,7 +183,7 @@ class TestSession:
             thread.start()
         for thread in threads:
             thread.join()
-        assert llama.concurrency == "parallel"
+        assert llama.concurrency == "serial"
         assert [difference(together[i], alone[i]) for i in range(6)] == [0] * 6
 
     def test_interrupt_ends_a_call_that_is_running(self, root):
