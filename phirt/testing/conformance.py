@@ -121,9 +121,8 @@ class BackendConformance(
 
 def _load_partner(partner: Backend, checkpoint: Path) -> LoadedModel:
     """A checkpoint on a registered backend, converted once for each layout."""
-    layout = partner.formats[0]
-    folder = checkpoint
-    if layout != "safetensors":
+    layout, folder = partner.formats[0], checkpoint
+    if "safetensors" not in partner.formats:
         folder = checkpoint.with_name(f"partner-{layout}")
         if not folder.exists():
             convert(checkpoint, empty_folder(folder), layout=layout, precision="fp32")

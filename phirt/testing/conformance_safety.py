@@ -18,7 +18,6 @@ from phirt.errors import BackendError, ModelError, NonFiniteLogitsError, UnsafeM
 from phirt.generation.loop import DecodeLoop
 from phirt.generation.params import GenerationParams
 from phirt.generation.params_resolved import GenerationDefaults
-from phirt.protocols import Backend, LoadOptions
 from phirt.testing.checkpoints import write_tiny_checkpoint
 from phirt.testing.conformance_settings import ConformanceSettings
 from phirt.testing.subject import empty_folder, random_ids, read_artifact
@@ -105,7 +104,7 @@ class SafetyConformance(ConformanceSettings):
         (prepared / "planted.so").write_bytes(b"\x7fELF")
         before = sorted(prepared.parent.iterdir())
         with pytest.raises(UnsafeModelError):
-            _load_and_run(self.backend(), prepared, self.device)
+            _load_and_run(self, prepared)
         assert sorted(prepared.parent.iterdir()) == before, "something was written beside the model"
 
     @pytest.mark.parametrize("plant", _PLANTED_KEYS)
@@ -119,7 +118,7 @@ class SafetyConformance(ConformanceSettings):
             if path.exists():
                 document = json.loads(path.read_text(encoding="utf-8")) | more
                 path.write_text(json.dumps(document), encoding="utf-8")
-        _load_and_run_or_refuse(self.backend(), prepared, self.device)
+        _load_and_run_or_refuse(self, prepared)
         assert not trap.has_run, f"{self.backend.name} ran code of the model folder"
 
     def test_pickles_beside_the_weights(self, prepared: Path, tmp_path: Path) -> None:
@@ -127,7 +126,7 @@ class SafetyConformance(ConformanceSettings):
         trap = Trap(tmp_path / "marker")
         for name in _PICKLE_NAMES:
             (prepared / name).write_bytes(pickle.dumps(trap))
-        _load_and_run_or_refuse(self.backend(), prepared, self.device)
+        _load_and_run_or_refuse(self, prepared)
         assert not trap.has_run, f"{self.backend.name} opened a pickle"
 
     def test_pickles_instead_of_the_weights(self, prepared: Path, tmp_path: Path) -> None:
@@ -141,7 +140,7 @@ class SafetyConformance(ConformanceSettings):
         for name in _PICKLE_NAMES:
             (prepared / name).write_bytes(pickle.dumps(trap))
         with pytest.raises(ModelError):
-            _load_and_run(self.backend(), prepared, self.device)
+            _load_and_run(self, prepared)
         assert not trap.has_run, f"{self.backend.name} opened a pickle"
 
     def test_weights_that_are_not_finite(self, tmp_path: Path) -> None:
@@ -153,7 +152,7 @@ class SafetyConformance(ConformanceSettings):
         except ModelError:
             return  # Refused before the backend saw it.
         with pytest.raises((NonFiniteLogitsError, ModelError)):
-            _load_and_run(self.backend(), folder, self.device)
+            _load_and_run(self, folder)
 
     @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS binds on Linux only")
     def test_an_allocation_that_fails(self, tmp_path: Path) -> None:
@@ -164,7 +163,7 @@ class SafetyConformance(ConformanceSettings):
         (checkpoint / "config.json").write_text(json.dumps(config), encoding="utf-8")
         folder = self.prepare(checkpoint, empty_folder(tmp_path / "prepared"))
         task = tmp_path / "task"
-        task.write_bytes(pickle.dumps((self.backend, os.fspath(folder), self.device)))
+        task.write_bytes(pickle.dumps((self.backend, os.fspath(folder), self.device, self.options)))
         run = subprocess.run(  # noqa: S603 - our own interpreter, on a file of our own
             [sys.executable, "-m", "phirt.testing.memory_limit", os.fspath(task)],
             check=False,
@@ -179,11 +178,12 @@ class SafetyConformance(ConformanceSettings):
         assert lines[-1] == "small: it fits", run.stdout
 
 
-def _load_and_run(backend: Backend, folder: Path, device: str) -> None:
+def _load_and_run(suite: ConformanceSettings, folder: Path) -> None:
     """Load a folder as phirt does, tokenizer included, and generate two tokens."""
+    backend = suite.backend()
     artifact = read_artifact(backend, folder)
     Tokenizer.from_file(folder / "tokenizer.json")
-    model = backend.load(artifact, device, LoadOptions())
+    model = backend.load(artifact, suite.device, suite.options)
     try:
         params = GenerationParams(max_new_tokens=2, temperature=0)
         list(DecodeLoop(model, random_ids(8), params, defaults=GenerationDefaults()))
@@ -191,9 +191,9 @@ def _load_and_run(backend: Backend, folder: Path, device: str) -> None:
         model.close()
 
 
-def _load_and_run_or_refuse(backend: Backend, folder: Path, device: str) -> None:
+def _load_and_run_or_refuse(suite: ConformanceSettings, folder: Path) -> None:
     try:
-        _load_and_run(backend, folder, device)
+        _load_and_run(suite, folder)
     except (ModelError, BackendError):
         return  # Refusing such a folder is as good as leaving the plants alone.
 

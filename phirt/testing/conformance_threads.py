@@ -19,7 +19,7 @@ import pytest
 from phirt.errors import PhirtError, SessionClosedError
 from phirt.testing.subject import Subject, random_ids
 
-__all__ = ["ThreadConformance"]
+__all__ = ["LifetimeConformance", "ThreadConformance"]
 
 _T = TypeVar("_T")
 

@@ -1,6 +1,6 @@
 """A process that may allocate little: ``python -m phirt.testing.memory_limit TASK``.
 
-``TASK`` is a file with a pickled (backend class, folder, device). What becomes of a large
+``TASK`` is a file with a pickled (backend class, folder, device, options). What becomes of a large
 session and of a small one after it is printed, a line each.
 """
 
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from phirt.errors import OutOfMemoryError
-from phirt.protocols import LoadedModel, LoadOptions
+from phirt.protocols import LoadedModel
 from phirt.testing.subject import random_ids, read_artifact
 
 __all__ = ["main"]
@@ -26,9 +26,9 @@ def main(task: str) -> None:
     import resource  # Windows has none, and the module is imported there all the same.
 
     # Written a moment ago by the test that started this process.
-    kind, folder, device = pickle.loads(Path(task).read_bytes())  # noqa: S301
+    kind, folder, device, options = pickle.loads(Path(task).read_bytes())  # noqa: S301
     backend = kind()
-    model = backend.load(read_artifact(backend, Path(folder)), device, LoadOptions())
+    model = backend.load(read_artifact(backend, Path(folder)), device, options)
     _run(model, 64, 8)  # What is allocated once is allocated now.
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
     limit = pages * resource.getpagesize() + _HEADROOM
