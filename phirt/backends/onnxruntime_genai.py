@@ -30,6 +30,7 @@ from phirt.backends.onnxruntime_genai_config import (
 )
 from phirt.backends.onnxruntime_genai_session import (
     BUCKET,
+    CHUNK,
     GenaiSession,
     Generators,
     first_line,
@@ -185,12 +186,16 @@ class GenaiModel(BaseModel):
         ) as config:
             native = _open(og, config, model_path, device)
         append_once = settings.append_once
+        if append_once is None:
+            append_once = provider.append_once
+        if append_once and settings.tokens_per_run is not None:
+            raise ValueError("tokens_per_run cannot be had where genai appends tokens only once")
         self._generators = Generators(
             og=og,
             model=native,
             logits_name=spec.logits,
-            append_once=provider.append_once if append_once is None else append_once,
-            in_chunks=device.kind == "cpu" and not append_once,
+            append_once=append_once,
+            tokens_per_run=settings.tokens_per_run or (CHUNK if device.kind == "cpu" else None),
             last_token=last_token(spec),
             least_capacity=nodes.least_capacity,
         )

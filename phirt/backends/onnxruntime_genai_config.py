@@ -28,7 +28,7 @@ from phirt.protocols import LoadOptions
 
 __all__ = ["PROVIDERS", "Provider", "Settings", "choose_provider", "last_token", "open_config"]
 
-_EXTRA_KEYS = ("append_once", "provider", "provider_options", "session_options")
+_EXTRA_KEYS = ("append_once", "provider", "provider_options", "session_options", "tokens_per_run")
 
 # genai treats these two in ways of its own. Positions of padding are left out of attention,
 # and trailing padding even of "the last position's logits": phirt pads nothing, and many
@@ -128,6 +128,7 @@ class Settings:
         provider: genai's name of the provider, or None for the device's own.
         provider_options: Its options, by its own names.
         session_options: Entries of ``session_options`` in genai_config.json.
+        tokens_per_run: Most tokens that genai is given at once, or None for the device's own.
     """
 
     threads: int | None = None
@@ -136,13 +137,15 @@ class Settings:
     provider: str | None = None
     provider_options: Mapping[str, str] = field(default_factory=dict)
     session_options: Mapping[str, Any] = field(default_factory=dict)
+    tokens_per_run: int | None = None
 
     @classmethod
     def read(cls, options: LoadOptions) -> Settings:
         """Take the options apart.
 
         Raises:
-            ValueError: ``extra`` has a setting that does not exist.
+            ValueError: ``extra`` has a setting that does not exist, or no positive number of
+                tokens.
         """
         unknown = sorted(options.extra.keys() - set(_EXTRA_KEYS))
         if unknown:
@@ -150,6 +153,9 @@ class Settings:
                 f"Backend 'onnxruntime-genai' has no setting {', '.join(map(repr, unknown))}; "
                 f"it has {', '.join(map(repr, _EXTRA_KEYS))}."
             )
+        limit = options.extra.get("tokens_per_run")
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise ValueError(f"extra['tokens_per_run'] must be a positive integer, not {limit!r}")
         return cls(threads=options.threads, spinning=options.spinning, **options.extra)
 
 

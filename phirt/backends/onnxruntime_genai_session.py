@@ -15,12 +15,14 @@ from phirt.errors import BackendRuntimeError, OutOfMemoryError
 from phirt.protocols import Logits
 from phirt.types import FloatArray
 
-__all__ = ["BUCKET", "GenaiSession", "Generators", "first_line", "translate"]
+__all__ = ["BUCKET", "CHUNK", "GenaiSession", "Generators", "first_line", "translate"]
 
 BUCKET = 256
 """Tokens; the KV cache is allocated in multiples of it."""
 
-_CHUNK = 256  # tokens; chunks of 128 to 1,500 take the same processor time on the CPU
+CHUNK = 256
+"""Tokens of one call on the CPU; 128 to 1,500 take the same processor time there."""
+
 _OUT_OF_MEMORY = re.compile(
     r"bad.?alloc|(failed to|could not) allocate|(not enough|out of) memory|8007000E", re.IGNORECASE
 )
@@ -55,9 +57,8 @@ class Generators:
         model: The ``og.Model``.
         logits_name: Name of the graph's output.
         append_once: Tokens can be appended to an empty cache only.
-        in_chunks: A prefill is worth splitting: on the CPU it takes seconds, during which
-            genai's binding holds the interpreter's lock. Other threads, and an interruption,
-            get their turn between chunks.
+        tokens_per_run: Most tokens of one call, or None. genai's binding holds the interpreter's
+            lock during a call; other threads, and an interruption, get their turn between two.
         last_token: The token behind which genai chooses no other.
         least_capacity: Positions that the cache must have room for at least.
     """
@@ -66,7 +67,7 @@ class Generators:
     model: Any
     logits_name: str
     append_once: bool
-    in_chunks: bool
+    tokens_per_run: int | None
     last_token: int
     least_capacity: int
 
@@ -143,17 +144,15 @@ class GenaiSession(BaseSession):
         return self._last()
 
     def _chunks(self, tokens: NDArray[np.int32]) -> list[NDArray[np.int32]]:
-        """The tokens of each call to genai, during which no other Python thread can run."""
-        if not self._generators.in_chunks:
+        """The tokens of each call to genai."""
+        limit = self._generators.tokens_per_run
+        if limit is None or self._append_once:
             return [tokens]
         empty = self._generator.token_count() == 0
         # LongRoPE: a shorter first call would take the short rotary factors.
         longest = (self._info.rope_boundary or 0) + 1 if empty and self._regime == "long" else 0
-        first = max(_CHUNK, longest)
-        return [
-            tokens[:first],
-            *(tokens[i : i + _CHUNK] for i in range(first, len(tokens), _CHUNK)),
-        ]
+        first = max(limit, longest)
+        return [tokens[:first], *(tokens[i : i + limit] for i in range(first, len(tokens), limit))]
 
     def _can_choose(self, tokens: NDArray[np.int32]) -> bool:
         """Whether genai can be made to choose the token, instead of being given it."""

@@ -286,6 +286,8 @@ class TestConfiguration:
         [
             ({"append_onze": True}, "no setting 'append_onze'"),
             ({"provider": "cuda"}, "does not drive 'cpu'"),
+            ({"tokens_per_run": 0}, "must be a positive integer, not 0"),
+            ({"tokens_per_run": 8, "append_once": True}, "cannot be had"),
         ],
     )
     def test_settings_that_do_not_exist(self, written, extra, message):
@@ -317,27 +319,24 @@ class TestSession:
         assert session._capacity == 100
 
     def test_verify_in_chunks_and_while_growing(self, built, monkeypatch):
-        model = load(built("llama"))
         ids = random_ids(60)
-        whole = open_session(model).verify(ids).numpy()
+        whole = open_session(load(built("llama"))).verify(ids).numpy()
         monkeypatch.setattr(onnxruntime_genai_session, "BUCKET", 16)
-        monkeypatch.setattr(onnxruntime_genai_session, "_CHUNK", 7)
-        session = open_session(model, expected_length=20)
+        chunked = load(built("llama"), extra={"tokens_per_run": 7})
+        session = open_session(chunked, expected_length=20)
         first = session.verify(ids[:20]).numpy()
         rest = session.verify(ids[20:]).numpy()
         np.testing.assert_allclose(np.concatenate([first, rest]), whole, atol=TOLERANCE)
 
-    def test_a_long_sessions_first_chunk_passes_the_boundary(self, written, monkeypatch):
-        model = load(written("phi3"))
+    def test_a_long_sessions_first_chunk_passes_the_boundary(self, written):
         ids = random_ids(60)
-        whole = open_session(model).prefill(ids).numpy().copy()
-        monkeypatch.setattr(onnxruntime_genai_session, "_CHUNK", 8)
-        logits = open_session(model).prefill(ids).numpy()
+        whole = open_session(load(written("phi3"))).prefill(ids).numpy().copy()
+        chunked = load(written("phi3"), extra={"tokens_per_run": 8})
+        logits = open_session(chunked).prefill(ids).numpy()
         np.testing.assert_allclose(logits, whole, atol=TOLERANCE)
 
-    def test_an_interrupted_prefill_ends_behind_its_chunk(self, llama, monkeypatch):
-        monkeypatch.setattr(onnxruntime_genai_session, "_CHUNK", 8)
-        session = open_session(llama)
+    def test_an_interrupted_prefill_ends_behind_its_chunk(self, written):
+        session = open_session(load(written("llama"), extra={"tokens_per_run": 8}))
         generator = session._generator
         calls = []
 
