@@ -250,7 +250,7 @@ class _Row(SharedSession):
 
     def _free(self) -> None:
         self._pool.release(self._row)
-        self._binding = self._inference = None
+        self._let_go()
 
 
 def _side_by_side(rows: Sequence[int]) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ class OrtSession(BaseSession):
         self._inference = model.inference
         self._binding = self._inference.io_binding()
         self._run_options = model.run_options()
-        graph, host = model.graph, model.memory.host
+        graph = model.graph
         self._token = np.zeros((1, 1), np.int64)
         self._token_value = model.ort.OrtValue.ortvalue_from_numpy(self._token)
         self._position = np.zeros((1, 1), np.int64)
@@ -45,7 +46,7 @@ class OrtSession(BaseSession):
         self._keep = np.ones(1, np.int64)
         self._keep_value = model.ort.OrtValue.ortvalue_from_numpy(self._keep)
         self._logits = np.zeros((1, 1, graph.vocab_size), graph.logits_type.storage)
-        self._logits_value = host.place(self._logits, graph.logits_type)
+        self._logits_value = model.memory.place(self._logits, graph.logits_type)
         self._mask = np.ones((1, 0), np.int64)
         # What the binding holds now, so that a step rebinds only what changes.
         self._bound_token = False
@@ -121,7 +122,7 @@ class OrtSession(BaseSession):
             self._keep[0] = keep
             binding.bind_ortvalue_input(graph.num_logits_to_keep, self._keep_value)
             self._bound_keep = keep
-        one_row = memory.on_host and (count == 1 or (not every_position and graph.prunes_logits))
+        one_row = count == 1 or (not every_position and graph.prunes_logits)
         if not one_row:
             # onnxruntime allocates it, since its shape is the graph's to know.
             binding.bind_output(graph.logits, memory.device_type, memory.device_id)
@@ -132,11 +133,11 @@ class OrtSession(BaseSession):
 
     def _take_logits(self, *, in_place: bool, every_position: bool) -> Logits:
         element, memory = self._model.graph.logits_type, self._model.memory
-        if in_place:
+        if in_place and memory.on_host:
             return HostLogits(element.to_float32(self._logits[0]))
         # Outputs are listed in the order in which they were first bound: the cache when
         # the session was made, the logits after it.
-        value = self._binding.get_outputs()[-1]
+        value = self._logits_value if in_place else self._binding.get_outputs()[-1]
         if not memory.on_host:
             return DeviceLogits(self._model, value, every_position=every_position)
         stored = memory.read(value, element)[0]
@@ -145,6 +146,14 @@ class OrtSession(BaseSession):
 
     def _interrupt(self) -> None:
         self._run_options.terminate = True
+
+    def _let_go(self) -> None:
+        """Let go of the bindings, and of what WebGPU keeps until something is read back."""
+        memory, element = self._model.memory, self._model.graph.logits_type
+        if not memory.on_host:
+            with contextlib.suppress(Exception):  # a lost device has nothing to let go of
+                memory.read(self._logits_value, element)
+        self._binding = self._inference = None
 
     def _check_layers(self, cache: KVCache) -> list[FloatArray]:
         """The cache's keys and values in the order of the graph's inputs."""
@@ -231,7 +240,7 @@ class SharedSession(OrtSession):
 
     def _free(self) -> None:
         self._cache.release()
-        self._binding = self._inference = None
+        self._let_go()
 
 
 class GrowingSession(OrtSession):
@@ -259,7 +268,7 @@ class GrowingSession(OrtSession):
 
     def _free(self) -> None:
         self._cache.release()
-        self._binding = self._inference = None
+        self._let_go()
 
 
 def as_layers(arrays: Sequence[FloatArray]) -> list[KVLayer]:
