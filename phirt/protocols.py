@@ -214,8 +214,8 @@ class Session(Protocol):
     """One sequence and its KV cache, on one device.
 
     A session is used by one thread at a time; only `interrupt` may be called from
-    another. After `close`, and after any call that raised, every method but `close`
-    raises `SessionClosedError`.
+    another. After `close`, and after a call that failed in the runtime, every method but
+    `close` raises `SessionClosedError`. An argument that is refused leaves it as it was.
 
     With LongRoPE (`ModelInfo.rope_boundary`), a session made for more tokens than the
     boundary is in the long regime: its first call appends more tokens than the boundary,
@@ -282,7 +282,7 @@ class KVPool(Protocol):
 
     @property
     def capacity(self) -> int:
-        """Tokens that each row has room for."""
+        """Tokens that each row has room for now."""
 
     def acquire(self) -> Session:
         """A session on a free row; closing it frees the row.
@@ -312,7 +312,11 @@ class KVPool(Protocol):
         """
 
     def grow(self, capacity: int) -> None:
-        """Give every row room for ``capacity`` tokens; never shrinks."""
+        """Give every row room for ``capacity`` tokens; never shrinks.
+
+        Raises:
+            ContextLengthError: It is more than the pool was made for.
+        """
 
     def close(self) -> None:
         """Close every session and free the buffer. Idempotent."""
