@@ -159,8 +159,9 @@ def _devices(og: Any) -> list[Availability]:
     for device, providers in PROVIDERS.items():
         provider = next((p for p in providers if p.is_installed(og)), None)
         if device != "cpu" and provider is not None:
-            by = f" and {provider.plugin}" if provider.plugin else ""
-            reason = f"{named}{by}; whether the hardware answers shows at a load"
+            beside = provider.plugin if provider.has_plugin else provider.wheel
+            reason = " and ".join([named, *([beside] if beside else [])])
+            reason += "; whether the hardware answers shows at a load"
             found.append(Availability(device, "found", reason))
     return found
 

@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class Provider:
         execution_provider: onnxruntime's name.
         build: How the distribution of genai that has it inside ends, where not every one has.
         plugin: The package that brings it, where it is a plugin.
+        wheel: The build of onnxruntime that has it inside, where not every one has.
         index_option: Its option for the device's index, or None where it has none.
         append_once: genai appends tokens to an empty cache only, there.
         options: Options that phirt sets.
@@ -57,19 +59,35 @@ class Provider:
     execution_provider: str
     build: str = ""
     plugin: str | None = None
+    wheel: str | None = None
     index_option: str | None = None
     append_once: bool = False
     options: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def has_plugin(self) -> bool:
+        """Whether its plugin is there."""
+        return self.plugin is not None and importlib.util.find_spec(self.plugin) is not None
+
     def is_installed(self, og: Any) -> bool:
-        """Whether genai's build has it, and its plugin is there.
+        """Whether genai's build has it, and onnxruntime's or its plugin.
 
         genai's own ``is_cuda_available`` and the like are constants of the build, and those
         of webgpu, qnn and openvino are always true.
         """
         if not getattr(og, "__id__", "").endswith(self.build):
             return False
-        return self.plugin is None or importlib.util.find_spec(self.plugin) is not None
+        return self.plugin is None or self.has_plugin or _has_wheel(self.wheel)
+
+
+def _has_wheel(name: str | None) -> bool:
+    if name is None:
+        return False
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 _CPU = Provider("CPU", "CPUExecutionProvider")
@@ -77,6 +95,7 @@ _OPENVINO = Provider(
     "OpenVINO",
     "OpenVINOExecutionProvider",
     plugin="onnxruntime_ep_openvino",
+    wheel="onnxruntime-openvino",
     index_option="device_type",
 )
 _OPENVINO_DEVICES = {"openvino-cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
@@ -96,7 +115,14 @@ PROVIDERS: Mapping[str, tuple[Provider, ...]] = {
             options={"enable_graph_capture": "0"},
         ),
     ),
-    "webgpu": (Provider("WebGPU", "WebGpuExecutionProvider", plugin="onnxruntime_ep_webgpu"),),
+    "webgpu": (
+        Provider(
+            "WebGPU",
+            "WebGpuExecutionProvider",
+            plugin="onnxruntime_ep_webgpu",
+            wheel="onnxruntime-webgpu",
+        ),
+    ),
     "tensorrt-rtx": (
         Provider(
             "NvTensorRtRtx",
@@ -344,7 +370,7 @@ def _register_plugin(og: Any, provider: Provider, module: str) -> None:
         BackendBrokenError: The plugin is not there, or does not load.
     """
     with _registering:
-        if provider.name in _registered or not provider.is_installed(og):
+        if provider.name in _registered or not provider.has_plugin:
             return  # It may be inside the installed onnxruntime; the load will tell.
         try:
             plugin = importlib.import_module(module)

@@ -12,7 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phirt.backends import onnxruntime_genai, onnxruntime_genai_session
+from phirt.backends import (
+    onnxruntime_genai,
+    onnxruntime_genai_config,
+    onnxruntime_genai_session,
+)
 from phirt.backends.onnxruntime_genai import OnnxRuntimeGenaiBackend
 from phirt.backends.onnxruntime_genai_config import PROVIDERS
 from phirt.backends.onnxruntime_genai_session import translate
@@ -496,6 +500,11 @@ class TestDevices:
         assert found["cuda"].status == "found"
         assert "shows at a load" in found["cuda"].reason
         assert "directml" not in found
+
+    def test_a_build_of_onnxruntime_with_webgpu_offers_it(self, monkeypatch):
+        monkeypatch.setattr(onnxruntime_genai_config, "_has_wheel", bool)
+        found = {entry.device for entry in OnnxRuntimeGenaiBackend().probe()}
+        assert {"cpu", "webgpu", "openvino-cpu"} <= found
 
     def test_not_installed(self, monkeypatch):
         def fail(*args: Any, **options: Any) -> None:
