@@ -51,7 +51,7 @@ class ScratchFile:
         stream = self._stream
         stream.write(bytes(-stream.tell() % _ALIGNMENT))
         offset = stream.tell()
-        stream.write(memoryview(np.ascontiguousarray(array)).cast("B"))
+        stream.write(np.ascontiguousarray(array).data.cast("B"))
         stream.flush()
         # Copy on write: OpenVINO takes no array that it could not write to.
         mapped = np.memmap(self._path, array.dtype, mode="c", offset=offset, shape=array.shape)

@@ -177,6 +177,15 @@ class TestChoice:
     def test_int8_by_default(self, tiny_q4_1_gguf):
         assert choose_precision(tiny_q4_1_gguf, "onnx-genai") == "int8"
 
+    def test_a_file_s_own_blocks_where_the_runtime_is_as_fast_with_them(
+        self, tiny_q4_1_gguf, tiny_gguf
+    ):
+        assert choose_precision(tiny_q4_1_gguf, "openvino") == "exact"
+        assert choose_precision(tiny_gguf, "openvino") == "int8"
+
+    def test_fp32_where_runtimes_compute_in_float(self, tiny_q4_1_gguf):
+        assert choose_precision(tiny_q4_1_gguf, "safetensors") == "fp32"
+
     def test_fp32_where_blocks_do_not_fit(self, tmp_path):
         source = write_tiny_llama_gguf(tmp_path / "odd.gguf", intermediate=72)
         assert choose_precision(source, "onnx-genai") == "fp32"
