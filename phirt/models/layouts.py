@@ -22,6 +22,7 @@ from phirt.models.safetensors import weight_files
 __all__ = [
     "FORMATS",
     "LAYOUTS",
+    "ONNX_NAMES",
     "Layout",
     "find_layout",
     "fingerprint",
@@ -43,7 +44,7 @@ _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 # Exports of one model in several precisions lie beside each other; the first that is there
 # is taken: full precision, then half, then 8 bits, then 4. The names are those of Optimum
 # and transformers.js.
-_ONNX_NAMES = {
+ONNX_NAMES = {
     "model.onnx": None,
     "decoder_model_merged.onnx": None,
     "model_fp16.onnx": "fp16",
@@ -56,6 +57,8 @@ _ONNX_NAMES = {
     "model_q4f16.onnx": "int4",
     "model_bnb4.onnx": "int4",
 }
+"""Names of graphs in the layout ``"onnx"``, with the precision that each says it has."""
+
 _ONNX_FOLDER = "onnx"
 
 # Files beside a graph that hold none of its weights.
@@ -179,7 +182,7 @@ class _Look:
             places[self._folder / _ONNX_FOLDER] = _names_in(self._folder / _ONNX_FOLDER)
         if GENAI_CONFIG_NAME not in self._names:  # else the graph beside it is in that layout
             places[self._folder] = self._names
-        for name, precision in _ONNX_NAMES.items():
+        for name, precision in ONNX_NAMES.items():
             for place, names in places.items():
                 if name in names:
                     return Layout(format="onnx", model_path=place / name, precision=precision)
