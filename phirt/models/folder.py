@@ -23,7 +23,9 @@ from phirt.errors import (
     UnsupportedModelError,
 )
 from phirt.models.genai_config import GENAI_CONFIG_NAME, DecoderSpec, read_genai_config
+from phirt.models.hashing import remembered_sha256
 from phirt.models.huggingface_config import CONFIG_NAME, ConfigFacts, config_facts
+from phirt.models.integrity import check_folder
 from phirt.models.layouts import (
     FORMATS,
     LAYOUTS,
@@ -34,14 +36,15 @@ from phirt.models.layouts import (
 )
 from phirt.models.manifest import Manifest, read_manifest
 from phirt.models.paths import check_links, resolve_inside
-from phirt.models.safe_json import JsonFields, read_bytes, read_json
+from phirt.models.safe_json import JsonFields, read_json
+from phirt.models.store import Store
+from phirt.models.templates import chat_template_of
 from phirt.types import Artifact
 
 __all__ = ["FORMATS", "ModelFolder", "held_formats", "read_folder"]
 
 _logger = logging.getLogger(__name__)
 
-_MAX_TEMPLATE_CHARACTERS = 1 << 20
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 # Hugging Face's names of the types in which weights are stored.
@@ -93,8 +96,9 @@ def read_folder(
     Raises:
         ModelNotFoundError: There is no such folder, or a file that it needs is missing.
         ModelFormatError: One of its files is damaged.
-        UnsafeModelError: It holds only pickles, leads or reaches out of itself, or is a
-            model whose computation is code of its own.
+        UnsafeModelError: It holds only pickles, leads or reaches out of itself, is a model
+            whose computation is code of its own, or has another chat template than when it
+            was installed.
         UnsupportedModelError: It is sound, but not something that phirt runs, or in no
             layout of ``formats``.
         ValueError: One of ``formats`` is not one of `FORMATS`.
@@ -115,7 +119,7 @@ def _read(path: Path, name: str, formats: Sequence[str]) -> ModelFolder:
     layout = find_layout(path, formats)
     manifest = read_manifest(path)
     if manifest is not None:
-        manifest.check_files(path)
+        check_folder(path, manifest, sha256=_remembered_sha256)
     config = _config(path, layout)
     decoder = read_genai_config(path / GENAI_CONFIG_NAME) if _is_genai(layout) else None
     facts = _facts(path, config, decoder)
@@ -138,11 +142,15 @@ def _read(path: Path, name: str, formats: Sequence[str]) -> ModelFolder:
         facts=facts,
         model_path=layout.model_path,
         tokenizer_path=tokenizer_path,
-        chat_template=_chat_template(path, tokenizer),
+        chat_template=chat_template_of(path, tokenizer),
         special_tokens=_special_tokens(tokenizer),
         generation_defaults=defaults,
         manifest=manifest,
     )
+
+
+def _remembered_sha256(path: Path) -> str:
+    return remembered_sha256(path, Store().root / "hashes")
 
 
 def _is_genai(layout: Layout) -> bool:
@@ -258,22 +266,3 @@ def _token_text(tokenizer: JsonFields, key: str) -> str | None:
     if isinstance(tokenizer.value(key), dict):
         return tokenizer.string(f"{key}.content")
     return tokenizer.optional_string(key)
-
-
-def _chat_template(path: Path, tokenizer: JsonFields) -> str | None:
-    """The template's source; a file of its own wins, as in transformers."""
-    file = path / "chat_template.jinja"
-    if file.exists():
-        data = read_bytes(file, max_bytes=_MAX_TEMPLATE_CHARACTERS)
-        try:
-            return data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ModelFormatError(f"{file} is not UTF-8 text (byte {error.start}).") from error
-    value = tokenizer.value("chat_template")
-    if not isinstance(value, list):
-        return tokenizer.optional_string("chat_template", max_length=_MAX_TEMPLATE_CHARACTERS)
-    for item in value:
-        if isinstance(item, dict) and item.get("name") == "default":
-            named = JsonFields(item, source=str(path / "tokenizer_config.json"))
-            return named.string("template", max_length=_MAX_TEMPLATE_CHARACTERS)
-    return None

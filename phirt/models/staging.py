@@ -7,22 +7,23 @@ a file system where locking does nothing the loser of the rename discards its co
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
-import platform
 import secrets
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeAlias
 
 from filelock import FileLock, Timeout
 
-__all__ = ["Fill", "Find", "stage"]
+from phirt.models.kill_points import kill_point
+from phirt.models.owners import is_dead, owner_tag
+
+__all__ = ["Fill", "Find", "discard", "is_idle", "lock_of", "locked", "stage", "sweep"]
 
 Fill: TypeAlias = Callable[[Path], object]
 """Writes the content into an empty folder, which is given to it."""
@@ -52,21 +53,23 @@ def stage(target: Path, fill: Fill, *, find: Find, root: Path) -> Path:
         OSError: The file system refused something.
         RuntimeError: What ``fill`` wrote is not what ``find`` calls finished.
     """
-    label = f"{target.parent.name}-{target.name}"
-    for folder in (target.parent, root / "tmp", root / "locks"):
+    for folder in (target.parent, root / "tmp"):
         folder.mkdir(parents=True, exist_ok=True)
-    with _locked(root / "locks" / f"{label}.lock"):
+    with locked(lock_of(target, root)):
         found = find()
         if found is not None:
             return found
-        _sweep(root / "tmp")
-        work = root / "tmp" / f"{label}@{_host()}.{os.getpid()}.{secrets.token_hex(4)}"
+        sweep(root)
+        work = _work_folder(target, root)
         try:
             content = work / "content"
             content.mkdir(parents=True)
+            kill_point("fill")
             fill(content)
+            kill_point("sync")
             _sync_tree(content)
             _publish(content, target, find=find, aside=work)
+            kill_point("published")
         finally:
             shutil.rmtree(work, ignore_errors=True)
         found = find()
@@ -75,15 +78,66 @@ def stage(target: Path, fill: Fill, *, find: Find, root: Path) -> Path:
         return found
 
 
+def discard(target: Path, root: Path) -> int:
+    """Take a folder out of sight at once and whole, then delete it.
+
+    A reader has it or has it not. On Windows a folder with an open file cannot be moved,
+    so that one in use stays as it is.
+
+    Args:
+        target: A folder or file of the store.
+        root: The store.
+
+    Returns:
+        Bytes freed.
+
+    Raises:
+        OSError: It is not there, is in use, or the store cannot be written.
+    """
+    work = _work_folder(target, root)
+    work.mkdir(parents=True)
+    try:
+        kill_point("discard")
+        target.rename(work / "discarded")
+        kill_point("discarded")
+        freed = sum(path.lstat().st_size for path in work.rglob("*") if not path.is_dir())
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return freed
+
+
+def lock_of(target: Path, root: Path) -> Path:
+    """The lock of whoever installs or removes a folder of the store."""
+    return root / "locks" / f"{target.parent.name}-{target.name}.lock"
+
+
+def is_idle(root: Path) -> bool:
+    """Whether nobody is installing anything, as far as can be seen."""
+    return not any(_entries(root / "tmp"))
+
+
+def _work_folder(target: Path, root: Path) -> Path:
+    owner = f"{owner_tag()}.{secrets.token_hex(4)}"
+    return root / "tmp" / f"{target.parent.name}-{target.name}@{owner}"
+
+
+def _entries(folder: Path) -> list[Path]:
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
+
+
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold a lock where the file system has locks; go on without where it has none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
     try:
         try:
             lock.acquire(timeout=1)
         except Timeout:
-            _logger.info("Waiting for another process that is installing %s", path.stem)
+            _logger.info("Waiting for another process that works on %s", path.stem)
             lock.acquire()
     except (OSError, NotImplementedError) as error:
         _logger.debug("No lock at %s: %s", path, error)
@@ -96,6 +150,7 @@ def _locked(path: Path) -> Iterator[None]:
 def _publish(content: Path, target: Path, *, find: Find, aside: Path) -> None:
     for attempt in range(_RENAME_TRIES):
         try:
+            kill_point("publish")
             content.rename(target)
         except OSError:
             if find() is not None:  # somebody else was first; theirs is as good
@@ -103,6 +158,7 @@ def _publish(content: Path, target: Path, *, find: Find, aside: Path) -> None:
             if attempt == _RENAME_TRIES - 1:
                 raise
             if target.exists():  # damaged: its owner's copy is replaced by this one
+                kill_point("replace")
                 target.rename(aside / f"damaged-{attempt}")
             else:  # Windows: a virus scanner holds a new file open for a moment
                 time.sleep(0.05 * 2**attempt)
@@ -130,18 +186,20 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what processes that died have left behind."""
-    for entry in folder.iterdir():
+def sweep(root: Path) -> int:
+    """Remove what processes that died have left behind; return the bytes freed."""
+    freed = 0
+    for entry in _entries(root / "tmp"):
         if _is_abandoned(entry):
             _logger.debug("Removing the leftover %s", entry)
+            with suppress(OSError):  # somebody else is removing it
+                freed += sum(path.lstat().st_size for path in entry.rglob("*"))
             shutil.rmtree(entry, ignore_errors=True)
+    return freed
 
 
 def _is_abandoned(entry: Path) -> bool:
-    host, _, rest = entry.name.rpartition("@")[2].partition(".")
-    pid = rest.partition(".")[0]
-    if host == _host() and pid.isdecimal() and not _process_exists(int(pid)):
+    if is_dead(entry.name.rpartition("@")[2]):
         return True
     # On this machine another process may have got the number, and of another machine's
     # processes nothing is known: age decides.
@@ -150,43 +208,3 @@ def _is_abandoned(entry: Path) -> bool:
     except OSError:  # it is being removed
         return False
     return time.time() - newest > _ABANDONED_AFTER_S
-
-
-def _host() -> str:
-    """Identifies the space in which a process number means something.
-
-    Two machines may share a store on a network, and two containers a store on one machine.
-    """
-    try:
-        namespace = str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        namespace = ""
-    return hashlib.sha256(f"{platform.node()}\0{namespace}".encode()).hexdigest()[:12]
-
-
-if sys.platform == "win32":
-
-    def _process_exists(pid: int) -> bool:
-        # os.kill(pid, 0) would be a Ctrl-C to the process here.
-        import ctypes
-
-        synchronize, invalid_parameter = 0x0010_0000, 87
-        kernel = ctypes.WinDLL("kernel32", use_last_error=True)
-        kernel.OpenProcess.restype = ctypes.c_void_p
-        handle = kernel.OpenProcess(synchronize, False, pid)
-        if not handle:
-            return ctypes.get_last_error() != invalid_parameter
-        still_running = bool(kernel.WaitForSingleObject(ctypes.c_void_p(handle), 0) != 0)
-        kernel.CloseHandle(ctypes.c_void_p(handle))
-        return still_running
-
-else:
-
-    def _process_exists(pid: int) -> bool:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return False
-        except (PermissionError, OverflowError):
-            return True
-        return True

@@ -3,7 +3,10 @@
     ROOT/models/KEY/        one artifact: a model folder with its phirt.json
     ROOT/sources/SHA256/    one file as it was fetched, and source.json about it
     ROOT/copies/KEY/        files of a user's folder that some runtime would not read as links
+    ROOT/partial/           downloads that are not finished
+    ROOT/openvino/          what a runtime compiled of models
     ROOT/hashes/            SHA-256 of users' own files, by path, size and time
+    ROOT/used/              when each artifact was last looked up
     ROOT/locks/  ROOT/tmp/  housekeeping of `stage`
 
 ROOT is ``PHIRT_HOME``, or else the platform's folder for a user's data.
@@ -21,18 +24,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from phirt.errors import ModelError, StoreError, UnsafeModelError
-from phirt.models.hashing import sha256_of
-from phirt.models.manifest import read_manifest
+from phirt.errors import ModelError, ModelNotFoundError, StoreError, UnsafeModelError
+from phirt.models.hashing import remembered_sha256, sha256_of
+from phirt.models.integrity import Fault, accept_chat_template, check_folder
+from phirt.models.inventory import (
+    SOURCE_RECORD,
+    InstalledModel,
+    faults_of_model,
+    faults_of_models,
+    faults_of_sources,
+    installed_models,
+    mark_used,
+)
+from phirt.models.manifest import read_manifest, seal_manifest
 from phirt.models.paths import plain_name_fault
 from phirt.models.safe_json import JsonFields, read_json
 
 if TYPE_CHECKING:
+    from phirt.models.removal import Collected
     from phirt.models.staging import Fill, Find
+    from phirt.types import ProgressCallback
 
 __all__ = ["Store"]
 
-_SOURCE_RECORD = "source.json"
+
 _COPY_RECORD = "phirt-copy.json"
 # Lower case only: on Windows and macOS "A" and "a" are one folder.
 _KEY = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
@@ -63,12 +78,15 @@ class Store:
             ) from error
 
     def find(self, key: str) -> Path | None:
-        """The installed artifact of that key, or None.
+        """The installed artifact of that key, or None where there is none.
 
-        An artifact counts only if its phirt.json is there and every file has the size
-        that it lists.
+        Every file is compared with phirt.json: its size and time, and where the time
+        differs, its content.
 
         Raises:
+            ModelFormatError: A file was changed since it was installed, or is missing.
+            StoreError: The artifact cannot be read.
+            UnsafeModelError: Its chat template was changed since it was installed.
             ValueError: The key is not a plain lower-case name.
         """
         path = self._model_path(key)
@@ -76,18 +94,29 @@ class Store:
             manifest = read_manifest(path)
             if manifest is None:
                 return None
-            manifest.check_files(path)
-        except (ModelError, OSError):
-            return None
+            check_folder(path, manifest, sha256=self._remembered_sha256)
+        except ModelError:
+            if not path.exists():  # removed a moment ago
+                return None
+            raise
+        except OSError as error:
+            raise StoreError(f"{path} cannot be read: {error}.") from error
+        mark_used(self.root, key)
         return path
 
-    def install(self, key: str, fill: Fill, *, needed_bytes: int = 0) -> Path:
+    def install(
+        self, key: str, fill: Fill, *, name: str | None = None, needed_bytes: int = 0
+    ) -> Path:
         """Install an artifact, or return the one that is already there.
+
+        One that is there and damaged, or whose chat template was changed, is replaced.
 
         Args:
             key: A plain lower-case name that says all that the artifact depends on.
             fill: Called with an empty folder, writes the artifact into it, phirt.json
                 last (`write_manifest`). What it raises propagates; nothing is left then.
+                Hashes and times are added here.
+            name: What the user calls the model.
             needed_bytes: Room that the artifact will take; checked before ``fill`` runs.
 
         Raises:
@@ -95,7 +124,91 @@ class Store:
             ValueError: The key is not a plain lower-case name.
         """
         target = self._model_path(key)
-        return self._stage(target, fill, find=lambda: self.find(key), needed_bytes=needed_bytes)
+
+        def fill_and_seal(folder: Path) -> None:
+            fill(folder)
+            seal_manifest(folder, name=name)
+
+        def find() -> Path | None:
+            try:
+                return self.find(key)
+            except ModelError:
+                return None
+
+        return self._stage(target, fill_and_seal, find=find, needed_bytes=needed_bytes)
+
+    def installed(self) -> list[InstalledModel]:
+        """The installed artifacts, by key. One whose phirt.json is damaged is not among them."""
+        return installed_models(self.root)
+
+    def verify(
+        self, key: str | None = None, *, progress: ProgressCallback | None = None
+    ) -> list[Fault]:
+        """Hash every file of an artifact, or of the whole store, and say what is not right.
+
+        Args:
+            key: The artifact; None for all of them and the files that were fetched.
+            progress: Told how far each file has come, stage ``"hash"``, in bytes.
+
+        Raises:
+            ModelNotFoundError: There is no such artifact.
+            ValueError: The key is not a plain lower-case name.
+        """
+        if key is None:
+            return [*faults_of_models(self.root, progress), *faults_of_sources(self.root, progress)]
+        return faults_of_model(self._existing(key), progress)
+
+    def accept_template(self, key: str) -> None:
+        """Accept the chat template that an artifact has now (row M6).
+
+        Raises:
+            ModelError: There is no such artifact, or its template cannot be read.
+            ValueError: The key is not a plain lower-case name.
+        """
+        path = self._existing(key)
+        manifest = read_manifest(path)
+        if manifest is not None:
+            with self._disk_errors(key, 0):
+                accept_chat_template(path, manifest)
+
+    def remove(self, key: str) -> int:
+        """Remove an artifact, and the fetched file that only it was made from.
+
+        It goes out of sight at once and whole. A load that is under way meanwhile
+        succeeds, or raises that the model is not there.
+
+        Returns:
+            Bytes freed.
+
+        Raises:
+            ModelNotFoundError: There is no such artifact.
+            StoreError: It is in use (on Windows), or the store cannot be written.
+            ValueError: The key is not a plain lower-case name.
+        """
+        self._existing(key)
+        from phirt.models.removal import remove_model  # as in _stage
+
+        with self._disk_errors(key, 0):
+            return remove_model(self.root, key)
+
+    def collect(self, *, converter_version: int) -> Collected:
+        """Free what no installed model needs, and what can be made again.
+
+        These are leftovers of processes that died, unfinished downloads, fetched files
+        that were converted, copies of linked folders, compiled models, artifacts of older
+        converters, and records of files that are gone. What somebody works on is left.
+
+        Args:
+            converter_version: What artifacts must have been converted by to be kept
+                (`phirt.build.convert.CONVERTER_VERSION`).
+
+        Raises:
+            StoreError: The store cannot be written.
+        """
+        from phirt.models.removal import collect  # as in _stage
+
+        with self._disk_errors("nothing", 0):
+            return collect(self.root, converter_version=converter_version)
 
     def find_source(self, sha256: str, filename: str, *, size: int) -> Path | None:
         """The fetched file of that SHA-256, or None.
@@ -109,7 +222,7 @@ class Store:
         path = self._source_path(sha256, filename)
         try:
             record = JsonFields(
-                read_json(path.parent / _SOURCE_RECORD), source=str(path.parent / _SOURCE_RECORD)
+                read_json(path.parent / SOURCE_RECORD), source=str(path.parent / SOURCE_RECORD)
             )
             recorded = record.integer("mtime_ns", minimum=0, maximum=(1 << 63) - 1)
             status = path.stat()
@@ -150,7 +263,7 @@ class Store:
                     f"SHA-256 is {found}, not {sha256}. It was not installed."
                 )
             record = {"file": filename, "size": size, "mtime_ns": file.stat().st_mtime_ns}
-            (folder / _SOURCE_RECORD).write_text(json.dumps(record), encoding="utf-8")
+            (folder / SOURCE_RECORD).write_text(json.dumps(record), encoding="utf-8")
 
         def find() -> Path | None:
             return self.find_source(sha256, filename, size=size)
@@ -187,6 +300,17 @@ class Store:
     def _model_path(self, key: str) -> Path:
         return self._path_of("models", key)
 
+    def _existing(self, key: str) -> Path:
+        path = self._model_path(key)
+        if not os.path.lexists(path):
+            raise ModelNotFoundError(
+                f"There is no model {key!r} in the store at {self.root}. See `phirt list`."
+            )
+        return path
+
+    def _remembered_sha256(self, path: Path) -> str:
+        return remembered_sha256(path, self.root / "hashes")
+
     def _path_of(self, kind: str, key: str) -> Path:
         if not _KEY.fullmatch(key) or plain_name_fault(key):
             raise ValueError(
@@ -199,7 +323,7 @@ class Store:
         if not _SHA256.fullmatch(sha256):
             raise ValueError(f"{sha256!r} is not a SHA-256 in lower-case hex.")
         fault = plain_name_fault(filename)
-        if fault or filename == _SOURCE_RECORD:
+        if fault or filename == SOURCE_RECORD:
             raise ValueError(f"{filename!r} cannot name a file in the store: {fault or 'taken'}.")
         return self.root / "sources" / sha256 / filename
 

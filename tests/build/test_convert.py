@@ -43,7 +43,7 @@ class TestFolder:
         assert folder.manifest.source == {"name": "tiny-q4_1.gguf", "id": f"sha256:{digest}"}
         assert {"phirt", "converter", "onnx", "gguf"} <= folder.manifest.versions.keys()
         written = {path.name: path.stat().st_size for path in out_dir.iterdir()}
-        assert dict(folder.manifest.files) == {
+        assert {name: r.size for name, r in folder.manifest.files.items()} == {
             name: size for name, size in written.items() if name != "phirt.json"
         }
 

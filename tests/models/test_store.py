@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from phirt.errors import ModelNotFoundError, StoreError, UnsafeModelError
+from phirt.errors import ModelFormatError, ModelNotFoundError, StoreError, UnsafeModelError
 from phirt.models import staging
 from phirt.models.manifest import write_manifest
 from phirt.models.store import Store
@@ -135,7 +135,7 @@ def test_a_converter_that_writes_no_manifest_is_a_bug(store):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "unlink", "manifest", "empty", "file"])
-def test_a_damaged_artifact_is_not_found_and_is_replaced(store, damage):
+def test_a_damaged_artifact_is_not_used_and_is_replaced(store, damage):
     path = store.install(KEY, fill)
     if damage == "truncate":
         (path / "model.onnx.data").write_bytes(CONTENT[:-1])
@@ -146,7 +146,11 @@ def test_a_damaged_artifact_is_not_found_and_is_replaced(store, damage):
     else:
         shutil.rmtree(path)
         path.mkdir() if damage == "empty" else path.write_text("x")
-    assert store.find(KEY) is None
+    if damage in {"empty", "file"}:
+        assert store.find(KEY) is None
+    else:
+        with pytest.raises(ModelFormatError, match=KEY):
+            store.find(KEY)
     assert (store.install(KEY, fill) / "model.onnx.data").read_bytes() == CONTENT
     assert leftovers(store) == []
 
