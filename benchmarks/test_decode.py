@@ -9,7 +9,7 @@ import phirt
 from benchmarks.alternate import Comparison, alternate
 from benchmarks.bare_loop import BareLoop
 from benchmarks.rivals import GenaiLoop
-from phirt.backends.onnxruntime import OrtModel
+from phirt.backends.onnxruntime.adapter import OrtModel
 
 NEW_TOKENS = 64
 

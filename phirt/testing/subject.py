@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from phirt.backends.reference import ReferenceBackend, ReferenceModel
+from phirt.backends.reference.adapter import ReferenceBackend, ReferenceModel
 from phirt.models.folder import read_folder
 from phirt.protocols import (
     Backend,

@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
-from phirt.backends import mlx_session
 from phirt.backends.base import HostLogits
 from phirt.backends.mlx import MlxBackend
-from phirt.backends.mlx_model import MlxModel
+from phirt.backends.mlx import session as mlx_session
+from phirt.backends.mlx.model import MlxModel
 from phirt.backends.transformers import TransformersBackend
 from phirt.errors import (
     DeviceNotAvailableError,
@@ -554,7 +554,7 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_read(
     def full(*_args: Any) -> None:
         raise OSError(12, "Cannot allocate memory")
 
-    monkeypatch.setattr("phirt.backends.mlx_memory.mmap", SimpleNamespace(mmap=full))
+    monkeypatch.setattr("phirt.backends.mlx.memory.mmap", SimpleNamespace(mmap=full))
     with pytest.raises(OutOfMemoryError, match="loading"):
         load(folders["llama"])
 

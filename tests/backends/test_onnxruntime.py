@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 import pytest
 
-from phirt.backends.onnxruntime import OnnxRuntimeBackend, OrtModel
+from phirt.backends.onnxruntime.adapter import OnnxRuntimeBackend, OrtModel
 from phirt.build.convert import convert
 from phirt.errors import ModelFormatError, UnsupportedModelError
 from phirt.models.folder import read_folder

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phirt.backends import onnxruntime_cache
-from phirt.backends import onnxruntime_providers as providers
-from phirt.backends.onnxruntime import OnnxRuntimeBackend, OrtModel
-from phirt.backends.onnxruntime_memory import ELEMENTS, DeviceMemory
-from phirt.backends.onnxruntime_options import Settings
-from phirt.backends.onnxruntime_providers import (
+from phirt.backends.onnxruntime import cache as onnxruntime_cache
+from phirt.backends.onnxruntime import providers
+from phirt.backends.onnxruntime.adapter import OnnxRuntimeBackend, OrtModel
+from phirt.backends.onnxruntime.memory import ELEMENTS, DeviceMemory
+from phirt.backends.onnxruntime.options import Settings
+from phirt.backends.onnxruntime.providers import (
     Provider,
     add_to,
     find_provider,

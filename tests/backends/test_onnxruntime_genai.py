@@ -12,14 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phirt.backends import (
-    onnxruntime_genai,
-    onnxruntime_genai_config,
-    onnxruntime_genai_session,
-)
-from phirt.backends.onnxruntime_genai import OnnxRuntimeGenaiBackend
-from phirt.backends.onnxruntime_genai_config import PROVIDERS
-from phirt.backends.onnxruntime_genai_session import translate
+from phirt.backends.onnxruntime_genai import OnnxRuntimeGenaiBackend, adapter
+from phirt.backends.onnxruntime_genai import config as genai_config
+from phirt.backends.onnxruntime_genai import session as genai_session
+from phirt.backends.onnxruntime_genai.config import PROVIDERS
+from phirt.backends.onnxruntime_genai.session import translate
 from phirt.build.convert import convert
 from phirt.errors import (
     BackendNotInstalledError,
@@ -315,7 +312,7 @@ class TestSession:
     def test_a_sequence_that_outgrows_its_cache(self, request, monkeypatch, name):
         model = request.getfixturevalue(name)
         expected, logits = greedy(open_session(model), random_ids(20), 60)
-        monkeypatch.setattr(onnxruntime_genai_session, "BUCKET", 16)
+        monkeypatch.setattr(genai_session, "BUCKET", 16)
         session = open_session(model, max_length=100, expected_length=24)
         ids, grown = greedy(session, random_ids(20), 60)
         assert ids == expected
@@ -325,7 +322,7 @@ class TestSession:
     def test_verify_in_chunks_and_while_growing(self, built, monkeypatch):
         ids = random_ids(60)
         whole = open_session(load(built("llama"))).verify(ids).numpy()
-        monkeypatch.setattr(onnxruntime_genai_session, "BUCKET", 16)
+        monkeypatch.setattr(genai_session, "BUCKET", 16)
         chunked = load(built("llama"), extra={"tokens_per_run": 7})
         session = open_session(chunked, expected_length=20)
         first = session.verify(ids[:20]).numpy()
@@ -481,13 +478,13 @@ class TestDevices:
         ids=["all-of-it", "a-product-of-matrices"],
     )
     def test_a_graph_that_ran_elsewhere(self, written, monkeypatch, kernels, message):
-        monkeypatch.setattr(onnxruntime_genai, "_read_profile", lambda folder: kernels)
+        monkeypatch.setattr(adapter, "_read_profile", lambda folder: kernels)
         with pytest.raises(DevicePlacementError, match=message):
             load(written("llama"))
 
     def test_small_things_may_run_elsewhere(self, written, monkeypatch):
         kernels = [("CPUExecutionProvider", "MatMul"), ("OtherProvider", "Shape")]
-        monkeypatch.setattr(onnxruntime_genai, "_read_profile", lambda folder: kernels)
+        monkeypatch.setattr(adapter, "_read_profile", lambda folder: kernels)
         nodes = load(written("llama")).placement().nodes
         assert nodes == {"CPUExecutionProvider": 1, "OtherProvider": 1}
 
@@ -495,14 +492,14 @@ class TestDevices:
         fake = SimpleNamespace(
             __id__="onnxruntime-genai-cuda", __version__="9", disable_telemetry_events=lambda: None
         )
-        monkeypatch.setattr(onnxruntime_genai, "import_runtime", lambda *a, **k: fake)
+        monkeypatch.setattr(adapter, "import_runtime", lambda *a, **k: fake)
         found = {entry.device: entry for entry in OnnxRuntimeGenaiBackend().probe()}
         assert found["cuda"].status == "found"
         assert "shows at a load" in found["cuda"].reason
         assert "directml" not in found
 
     def test_a_build_of_onnxruntime_with_webgpu_offers_it(self, monkeypatch):
-        monkeypatch.setattr(onnxruntime_genai_config, "_has_wheel", bool)
+        monkeypatch.setattr(genai_config, "_has_wheel", bool)
         found = {entry.device for entry in OnnxRuntimeGenaiBackend().probe()}
         assert {"cpu", "webgpu", "openvino-cpu"} <= found
 
@@ -510,7 +507,7 @@ class TestDevices:
         def fail(*args: Any, **options: Any) -> None:
             raise BackendNotInstalledError("no genai")
 
-        monkeypatch.setattr(onnxruntime_genai, "import_runtime", fail)
+        monkeypatch.setattr(adapter, "import_runtime", fail)
         [found] = OnnxRuntimeGenaiBackend().probe()
         assert (found.status, found.fix) == ("missing", 'pip install "phirt[genai]"')
 

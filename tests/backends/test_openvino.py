@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phirt.backends.openvino import OpenVinoBackend, OpenVinoModel
-from phirt.backends.openvino_runtime import import_openvino, translate
+from phirt.backends.openvino.adapter import OpenVinoBackend, OpenVinoModel
+from phirt.backends.openvino.runtime import import_openvino, translate
 from phirt.build.convert import convert
 from phirt.errors import (
     BackendRuntimeError,
@@ -241,7 +241,7 @@ class TestSession:
     def test_a_long_prompt_runs_in_pieces(self, llama, monkeypatch):
         session = llama.new_session(max_length=100, expected_length=100)
         whole = session.prefill(TOKENS).numpy().copy()
-        monkeypatch.setattr("phirt.backends.openvino_session._CHUNK", 30)
+        monkeypatch.setattr("phirt.backends.openvino.session._CHUNK", 30)
         session = llama.new_session(max_length=100, expected_length=100)
         assert difference(session.prefill(TOKENS).numpy(), whole) < TOLERANCE
 
@@ -251,7 +251,7 @@ class TestSession:
         expected = session.prefill(TOKENS[:9]).numpy().copy()
         lengths = []
         monkeypatch.setattr(
-            "phirt.backends.openvino.run_once", lambda request, graph, n: lengths.append(n)
+            "phirt.backends.openvino.adapter.run_once", lambda request, graph, n: lengths.append(n)
         )
         session._token = None
         with pytest.raises(BackendRuntimeError):
@@ -562,7 +562,7 @@ class TestErrors:
 def test_importing_openvino_reports_nothing():
     """Its import sends an event through openvino_telemetry, unless that is kept away from it."""
     program = (
-        "import sys; from phirt.backends.openvino_runtime import import_openvino as get; get(); "
+        "import sys; from phirt.backends.openvino.runtime import import_openvino as get; get(); "
         "print([name for name in sys.modules if 'openvino_telemetry' in name])"
     )
     ran = subprocess.run(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from phirt.backends.reference import ReferenceBackend
-from phirt.backends.reference_decoder import attend, gelu_tanh, rms_norm, rotate, silu, softmax
+from phirt.backends.reference.decoder import attend, gelu_tanh, rms_norm, rotate, silu, softmax
 from phirt.errors import DeviceNotAvailableError, ModelFormatError, UnsupportedModelError
 from phirt.models.rotary import Rotary
 from phirt.protocols import LoadOptions, Reject

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from phirt.backends.transformers import TransformersBackend
-from phirt.backends.transformers_devices import check_device
-from phirt.backends.transformers_model import TransformersModel, translate
+from phirt.backends.transformers.devices import check_device
+from phirt.backends.transformers.model import TransformersModel, translate
 from phirt.errors import (
     BackendBrokenError,
     BackendNotInstalledError,

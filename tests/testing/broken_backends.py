@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from phirt.backends.base import HostLogits
-from phirt.backends.reference import (
+from phirt.backends.reference.adapter import (
     ReferenceBackend,
     ReferenceModel,
     ReferencePool,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from phirt.backends.openvino_runtime import import_openvino
+from phirt.backends.openvino.runtime import import_openvino
 from phirt.errors import ModelFormatError, UnsupportedModelError
 
 __all__ = ["KEEP_INPUT", "DecoderGraph", "State", "adapt"]

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phirt.backends.base import BaseSession, HostLogits
-from phirt.backends.onnxruntime_cache import GrowingCache, SharedCache
-from phirt.backends.onnxruntime_errors import translate
-from phirt.backends.onnxruntime_logits import DeviceLogits
+from phirt.backends.onnxruntime.cache import GrowingCache, SharedCache
+from phirt.backends.onnxruntime.errors import translate
+from phirt.backends.onnxruntime.logits import DeviceLogits
 from phirt.protocols import KVCache, KVLayer, Logits
 from phirt.types import FloatArray, IntArray
 
 if TYPE_CHECKING:
-    from phirt.backends.onnxruntime import OrtModel
+    from phirt.backends.onnxruntime.adapter import OrtModel
 
 __all__ = ["GrowingSession", "OrtSession", "SharedSession"]
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from phirt.backends.base import BaseModel, BaseSession
 from phirt.backends.execution import InTurn
-from phirt.backends.transformers_cache import InterruptedRun, LayerShape, SessionCache
+from phirt.backends.transformers.cache import InterruptedRun, LayerShape, SessionCache
 from phirt.errors import (
     BackendRuntimeError,
     DevicePlacementError,

@@ -20,7 +20,8 @@ import numpy as np
 from phirt.backends.base import BaseModel, import_runtime
 from phirt.backends.distributions import check_single_owner
 from phirt.backends.execution import InTurn, Parallel
-from phirt.backends.onnxruntime_genai_config import (
+from phirt.backends.onnxruntime.nodes import GraphNodes, read_nodes, supported_context
+from phirt.backends.onnxruntime_genai.config import (
     PROVIDERS,
     Provider,
     Settings,
@@ -28,7 +29,7 @@ from phirt.backends.onnxruntime_genai_config import (
     last_token,
     open_config,
 )
-from phirt.backends.onnxruntime_genai_session import (
+from phirt.backends.onnxruntime_genai.session import (
     BUCKET,
     CHUNK,
     GenaiSession,
@@ -36,7 +37,6 @@ from phirt.backends.onnxruntime_genai_session import (
     first_line,
     translate,
 )
-from phirt.backends.onnxruntime_nodes import GraphNodes, read_nodes, supported_context
 from phirt.devices.names import DeviceName
 from phirt.errors import (
     BackendBrokenError,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from phirt.backends.transformers_devices import (
+from phirt.backends.transformers.devices import (
     BACKEND,
     INSTALL,
     check_device,
@@ -18,8 +18,8 @@ from phirt.backends.transformers_devices import (
     import_both,
     parse_device,
 )
-from phirt.backends.transformers_loading import find_objection, load_network, quiet
-from phirt.backends.transformers_model import TransformersModel, translate
+from phirt.backends.transformers.loading import find_objection, load_network, quiet
+from phirt.backends.transformers.model import TransformersModel, translate
 from phirt.errors import (
     BackendBrokenError,
     BackendNotInstalledError,

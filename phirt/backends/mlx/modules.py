@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from phirt.backends.mlx_config import MlxConfig, Quantization
-from phirt.backends.mlx_decoder import Decoder
+from phirt.backends.mlx.config import MlxConfig, Quantization
+from phirt.backends.mlx.decoder import Decoder
 from phirt.errors import BackendBrokenError, BackendNotInstalledError, ModelFormatError
 
 __all__ = ["build_decoder", "import_model_module"]

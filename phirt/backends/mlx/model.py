@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from phirt.backends.base import BaseModel
 from phirt.backends.execution import OneThread
-from phirt.backends.mlx_decoder import Decoder
-from phirt.backends.mlx_pool import MlxPool
-from phirt.backends.mlx_session import MlxSession
+from phirt.backends.mlx.decoder import Decoder
+from phirt.backends.mlx.pool import MlxPool
+from phirt.backends.mlx.session import MlxSession
 from phirt.errors import DevicePlacementError
 from phirt.models.decoder_config import DecoderConfig
 from phirt.protocols import Capabilities, ModelInfo, Placement

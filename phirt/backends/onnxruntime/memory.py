@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phirt.backends.onnxruntime_proto import identity_model
+from phirt.backends.onnxruntime.proto import identity_model
 from phirt.types import FloatArray
 
 __all__ = ["ELEMENTS", "DeviceMemory", "Element", "HostMemory", "Memory"]

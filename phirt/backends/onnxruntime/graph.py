@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from phirt.backends.onnxruntime_memory import ELEMENTS, Element
+from phirt.backends.onnxruntime.memory import ELEMENTS, Element
 from phirt.errors import ModelFormatError, UnsupportedModelError
 from phirt.models.folder import ModelFolder
 from phirt.models.genai_config import DecoderSpec

@@ -11,11 +11,11 @@ from typing import Any, ClassVar
 
 from phirt.backends.base import BaseModel
 from phirt.backends.execution import InTurn
-from phirt.backends.openvino_cache import cache_key, checked_cache
-from phirt.backends.openvino_graph import DecoderGraph
-from phirt.backends.openvino_reading import read_graph
-from phirt.backends.openvino_runtime import EXTRA, NAME, import_openvino, reason_of, translate
-from phirt.backends.openvino_session import OpenVinoSession, run_once
+from phirt.backends.openvino.cache import cache_key, checked_cache
+from phirt.backends.openvino.graph import DecoderGraph
+from phirt.backends.openvino.reading import read_graph
+from phirt.backends.openvino.runtime import EXTRA, NAME, import_openvino, reason_of, translate
+from phirt.backends.openvino.session import OpenVinoSession, run_once
 from phirt.devices.names import DeviceName
 from phirt.errors import (
     BackendBrokenError,

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phirt.backends.base import BaseSession
-from phirt.backends.mlx_memory import check_host_memory, translate
-from phirt.backends.mlx_modules import import_model_module
+from phirt.backends.mlx.memory import check_host_memory, translate
+from phirt.backends.mlx.modules import import_model_module
 from phirt.errors import BackendRuntimeError, PhirtError
 from phirt.protocols import KVCache, KVLayer, Logits, RopeRegime, TopK
 from phirt.types import FloatArray
 
 if TYPE_CHECKING:
-    from phirt.backends.mlx_model import MlxModel
+    from phirt.backends.mlx.model import MlxModel
 
 __all__ = ["MlxLogits", "MlxSession"]
 

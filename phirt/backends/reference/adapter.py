@@ -2,7 +2,7 @@
 
 It needs no runtime, answers the same on every machine, and is slow: it is for tests,
 doctests and examples, and for judging other backends. The formulas are in
-`phirt.backends.reference_decoder`; this file makes a backend of them.
+`phirt.backends.reference.decoder`; this file makes a backend of them.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import numpy as np
 
 from phirt.backends.base import BaseModel, BaseSession, HostLogits
 from phirt.backends.execution import Parallel
-from phirt.backends.reference_decoder import Cache, Decoder
-from phirt.backends.reference_weights import read_weights
+from phirt.backends.reference.decoder import Cache, Decoder
+from phirt.backends.reference.weights import read_weights
 from phirt.errors import (
     BackendRuntimeError,
     ContextLengthError,
@@ -94,7 +94,7 @@ class ReferenceBackend:
             raise ValueError(f"The reference has no settings, and was given {dict(options.extra)}.")
         if device != "cpu":
             raise DeviceNotAvailableError(
-                f"The reference runs on the CPU, not on {device!r}. Pass device=\"cpu\"."
+                f'The reference runs on the CPU, not on {device!r}. Pass device="cpu".'
             )
         verdict = self.accepts(artifact, device)
         if isinstance(verdict, Reject):

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from phirt.backends.onnxruntime_errors import translate
-from phirt.backends.onnxruntime_graph import DecoderGraph
-from phirt.backends.onnxruntime_memory import Memory
+from phirt.backends.onnxruntime.errors import translate
+from phirt.backends.onnxruntime.graph import DecoderGraph
+from phirt.backends.onnxruntime.memory import Memory
 from phirt.types import FloatArray
 
 __all__ = ["GrowingCache", "SharedCache"]

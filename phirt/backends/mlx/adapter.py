@@ -3,7 +3,7 @@
 mlx-lm's own loader is not used: it downloads what it does not find, can run code that a folder
 brings, and knows the model in some places otherwise than transformers. Configuration and
 weights are read by phirt, which checks them, and only mlx-lm's layers compute
-(`phirt.backends.mlx_modules`).
+(`phirt.backends.mlx.modules`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import numpy as np
 
 from phirt.backends.base import import_runtime
-from phirt.backends.mlx_config import MlxConfig, read_mlx_config
-from phirt.backends.mlx_decoder import Decoder
-from phirt.backends.mlx_memory import check_host_memory, translate
-from phirt.backends.mlx_model import MlxModel, MlxTarget
-from phirt.backends.mlx_modules import build_decoder, import_model_module
+from phirt.backends.mlx.config import MlxConfig, read_mlx_config
+from phirt.backends.mlx.decoder import Decoder
+from phirt.backends.mlx.memory import check_host_memory, translate
+from phirt.backends.mlx.model import MlxModel, MlxTarget
+from phirt.backends.mlx.modules import build_decoder, import_model_module
 from phirt.devices.names import DeviceName
 from phirt.errors import (
     BackendBrokenError,

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phirt.backends.base import HostLogits
-from phirt.backends.onnxruntime_errors import translate
+from phirt.backends.onnxruntime.errors import translate
 from phirt.protocols import TopK
 from phirt.types import FloatArray
 
 if TYPE_CHECKING:
-    from phirt.backends.onnxruntime import OrtModel
+    from phirt.backends.onnxruntime.adapter import OrtModel
 
 __all__ = ["DeviceLogits"]
 

@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from phirt.backends.mlx_memory import check_host_memory, translate
-from phirt.backends.mlx_session import MlxLogits, MlxSession
+from phirt.backends.mlx.memory import check_host_memory, translate
+from phirt.backends.mlx.session import MlxLogits, MlxSession
 from phirt.errors import ContextLengthError, PhirtError, SessionClosedError
 from phirt.protocols import Logits, Session
 
 if TYPE_CHECKING:
-    from phirt.backends.mlx_model import MlxModel
+    from phirt.backends.mlx.model import MlxModel
 
 __all__ = ["MlxPool"]
 

@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from phirt.backends.openvino_graph import DecoderGraph, adapt
-from phirt.backends.openvino_runtime import import_openvino, reason_of, translate
+from phirt.backends.openvino.graph import DecoderGraph, adapt
+from phirt.backends.openvino.runtime import import_openvino, reason_of, translate
 from phirt.errors import ModelFormatError, OutOfMemoryError, UnsupportedModelError
 from phirt.models.folder import ModelFolder
 from phirt.models.onnx_safety import check_onnx_files

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from phirt.backends.base import BaseModel, BaseSession, HostLogits
-from phirt.backends.openvino_graph import KEEP_INPUT, DecoderGraph, State
-from phirt.backends.openvino_runtime import translate
+from phirt.backends.openvino.graph import KEEP_INPUT, DecoderGraph, State
+from phirt.backends.openvino.runtime import translate
 from phirt.protocols import KVCache, KVLayer, Logits
 from phirt.types import FloatArray
 

@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phirt.backends.base import HostLogits
-from phirt.backends.onnxruntime_cache import SharedCache
-from phirt.backends.onnxruntime_errors import translate
-from phirt.backends.onnxruntime_logits import DeviceLogits
-from phirt.backends.onnxruntime_session import SharedSession
+from phirt.backends.onnxruntime.cache import SharedCache
+from phirt.backends.onnxruntime.errors import translate
+from phirt.backends.onnxruntime.logits import DeviceLogits
+from phirt.backends.onnxruntime.session import SharedSession
 from phirt.errors import ContextLengthError, SessionClosedError
 from phirt.protocols import Logits, Session
 from phirt.types import IntArray
 
 if TYPE_CHECKING:
-    from phirt.backends.onnxruntime import OrtModel
+    from phirt.backends.onnxruntime.adapter import OrtModel
 
 __all__ = ["OrtPool"]
 

@@ -15,21 +15,21 @@ from typing import Any, ClassVar
 
 from phirt.backends.base import BaseModel, import_runtime
 from phirt.backends.execution import InTurn, Parallel
-from phirt.backends.onnxruntime_errors import translate_load
-from phirt.backends.onnxruntime_graph import describe_graph
-from phirt.backends.onnxruntime_memory import DeviceMemory, HostMemory
-from phirt.backends.onnxruntime_nodes import read_nodes, supported_context
-from phirt.backends.onnxruntime_options import Settings, session_options
-from phirt.backends.onnxruntime_pool import OrtPool
-from phirt.backends.onnxruntime_proto import top_model
-from phirt.backends.onnxruntime_providers import (
+from phirt.backends.onnxruntime.errors import translate_load
+from phirt.backends.onnxruntime.graph import describe_graph
+from phirt.backends.onnxruntime.memory import DeviceMemory, HostMemory
+from phirt.backends.onnxruntime.nodes import read_nodes, supported_context
+from phirt.backends.onnxruntime.options import Settings, session_options
+from phirt.backends.onnxruntime.pool import OrtPool
+from phirt.backends.onnxruntime.proto import top_model
+from phirt.backends.onnxruntime.providers import (
     Provider,
     add_to,
     find_provider,
     installed,
     read_placement,
 )
-from phirt.backends.onnxruntime_session import GrowingSession, OrtSession, SharedSession
+from phirt.backends.onnxruntime.session import GrowingSession, OrtSession, SharedSession
 from phirt.devices.names import DeviceName
 from phirt.errors import BackendBrokenError, BackendNotInstalledError, UnsupportedModelError
 from phirt.models.folder import ModelFolder, read_folder
