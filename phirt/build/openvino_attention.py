@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from phirt.backends.openvino_runtime import import_openvino
+from phirt.backends.openvino.runtime import import_openvino
 from phirt.build.openvino_weights import MatrixWriter
 from phirt.models.decoder_config import DecoderConfig
 from phirt.models.rotary import Rotary

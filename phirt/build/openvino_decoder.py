@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from phirt.backends.openvino_runtime import import_openvino
+from phirt.backends.openvino.runtime import import_openvino
 from phirt.build.checkpoint import Checkpoint
 from phirt.build.openvino_attention import AttentionWriter, rms_norm
 from phirt.build.openvino_weights import MatrixWriter, ScratchFile

@@ -13,7 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from phirt.backends.openvino_runtime import import_openvino
+from phirt.backends.openvino.runtime import import_openvino
 from phirt.build.checkpoint import Checkpoint, CheckpointTensor
 from phirt.build.openvino_precision import IntegerMatrix, encode
 from phirt.build.precision import Precision

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from phirt.backends.openvino_runtime import import_openvino
+from phirt.backends.openvino.runtime import import_openvino
 from phirt.build.checkpoint import Checkpoint
 from phirt.build.openvino_decoder import write_openvino
 from phirt.types import FloatArray
