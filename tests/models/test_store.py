@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
 from phirt.errors import ModelFormatError, ModelNotFoundError, StoreError, UnsafeModelError
 from phirt.models import staging
-from phirt.models.manifest import write_manifest
 from phirt.models.store import Store
-
-KEY = "tiny-int8"
-CONTENT = b"weights" * 1000
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-
-
-def fill(folder: Path, *, content: bytes = CONTENT) -> None:
-    (folder / "model.onnx.data").write_bytes(content)
-    write_manifest(
-        folder, weights_id="w", architecture="llama", precision="int8", source={}, versions={}
-    )
-
-
-def fill_source(folder: Path) -> None:
-    (folder / "x.gguf").write_bytes(CONTENT)
+from tests.models.store_content import CONTENT, KEY, SHA256, fill, fill_source, leftovers
 
 
 @pytest.fixture
 def store(tmp_path):
     return Store(tmp_path / "store")
-
-
-def leftovers(store: Store) -> list[str]:
-    return sorted(path.name for path in (store.root / "tmp").glob("*"))
 
 
 # Where it lies.
@@ -241,129 +218,7 @@ def test_a_source_of_another_size_is_not_found(store):
     assert store.find_source(SHA256, "x.gguf", size=len(CONTENT)) is None
 
 
-# Several processes.
-
-CHILD = """
-import os, sys, time
-from pathlib import Path
-from phirt.models import staging
-from phirt.models.manifest import write_manifest
-from phirt.models.store import Store
-
-root, key, mode = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-
-class NoLock:
-    def __init__(self, path): pass
-    def acquire(self, timeout=-1): raise NotImplementedError("this file system has no locks")
-    def release(self, force=False): pass
-
-if "nolock" in mode:
-    staging.FileLock = NoLock
-
-def fill(folder):
-    with (root.parent / "runs").open("a") as file:
-        file.write("run\\n")
-    (folder / "model.onnx.data").write_bytes(b"weights" * 1000)
-    print("filling", flush=True)
-    if "early" in mode:
-        time.sleep(600)
-    time.sleep(0.2)
-    write_manifest(
-        folder, weights_id="w", architecture="llama", precision="int8", source={}, versions={}
-    )
-    print("filled", flush=True)
-    if "late" in mode:
-        time.sleep(600)
-
-print(Store(root).install(key, fill), flush=True)
-"""
-
-
-@pytest.fixture
-def spawn(tmp_path):
-    script = tmp_path / "child.py"
-    script.write_text(textwrap.dedent(CHILD))
-    started: list[subprocess.Popen[str]] = []
-
-    def spawn(store: Store, mode: str) -> subprocess.Popen[str]:
-        command = [sys.executable, str(script), str(store.root), KEY, mode]
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        started.append(process)
-        return process
-
-    yield spawn
-    for process in started:
-        process.kill()
-        process.communicate()
-
-
-def wait_for(process: subprocess.Popen[str], line: str) -> None:
-    assert process.stdout is not None
-    while (said := process.stdout.readline()) != f"{line}\n":
-        assert said, "the process ended"
-
-
-@pytest.mark.parametrize("mode", ["lock", "nolock"])
-def test_s8_eight_processes_install_the_same_key(store, spawn, tmp_path, mode):
-    processes = [spawn(store, mode) for _ in range(8)]
-    for process in processes:
-        output, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
-        assert output.splitlines()[-1] == str(store.root / "models" / KEY)
-    assert store.find(KEY)
-    assert leftovers(store) == []
-    runs = (tmp_path / "runs").read_text().count("run")
-    assert runs == 1 if mode == "lock" else 1 <= runs <= 8
-
-
-@pytest.mark.parametrize(("mode", "line"), [("early", "filling"), ("late", "filled")])
-def test_s4_a_killed_install_leaves_nothing_visible_and_the_next_one_cleans_up(
-    store, spawn, mode, line
-):
-    process = spawn(store, mode)
-    wait_for(process, line)
-    process.kill()
-    process.wait()
-    assert store.find(KEY) is None
-    assert len(leftovers(store)) == 1
-    assert (store.install(KEY, fill) / "model.onnx.data").read_bytes() == CONTENT
-    assert leftovers(store) == []
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
-@pytest.mark.parametrize("point", ["_sync_tree", "_publish", "_sync", "shutil.rmtree"])
-def test_s4_a_kill_at_each_step_after_the_fill_leaves_the_model_or_none(store, point):
-    code = f"""
-import os, signal, shutil, sys
-from pathlib import Path
-from phirt.models import staging
-from phirt.models.store import Store
-from tests.models.test_store import KEY, fill
-def die(*args, **kwargs):
-    os.kill(os.getpid(), signal.SIGKILL)
-{"shutil.rmtree" if "." in point else "staging." + point} = die
-Store(Path(sys.argv[1])).install(KEY, fill)
-"""
-    root = Path(__file__).parents[2]
-    process = subprocess.run(
-        [sys.executable, "-c", code, str(store.root)], cwd=root, check=False, timeout=60
-    )
-    assert process.returncode == -9
-    assert (store.find(KEY) is not None) == (point == "shutil.rmtree")
-    assert (store.install(KEY, fill) / "model.onnx.data").read_bytes() == CONTENT
-    store.install("another", fill)  # an install that runs also sweeps
-    assert leftovers(store) == []
-
-
-@pytest.mark.parametrize("mode", ["early", "early-nolock"])
-def test_the_work_of_a_live_process_is_not_swept(store, spawn, mode):
-    process = spawn(store, mode)
-    wait_for(process, "filling")
-    store.install("another", fill)
-    assert len(leftovers(store)) == 1
-    assert process.poll() is None
+# Leftovers.
 
 
 def test_the_work_of_another_machine_is_swept_only_when_it_is_old(store):
