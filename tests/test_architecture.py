@@ -38,6 +38,8 @@ SAME_ROOM = {"stream": "model", "locate": "model", "__main__": "cli"}
 LIGHT = {"filelock", "numpy", "platformdirs"}
 HOMES = {
     "gguf": {"build"},
+    "httpx2": {"models"},  # huggingface_hub's client, whose errors are told apart
+    "huggingface_hub": {"models"},
     "jinja2": {"text"},
     "mlx": {"backends", "build"},
     "onnx": {"build"},

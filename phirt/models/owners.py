@@ -12,7 +12,7 @@ import platform
 import sys
 from pathlib import Path
 
-__all__ = ["is_dead", "owner_tag"]
+__all__ = ["is_dead", "is_here", "owner_tag"]
 
 
 def owner_tag() -> str:
@@ -29,9 +29,17 @@ def is_dead(tag: str) -> bool:
     Args:
         tag: What `owner_tag` returned, and after a further dot, anything.
     """
-    host, _, rest = tag.partition(".")
-    pid = rest.partition(".")[0]
-    return host == _host() and pid.isdecimal() and not _process_exists(int(pid))
+    pid = tag.partition(".")[2].partition(".")[0]
+    return is_here(tag) and pid.isdecimal() and not _process_exists(int(pid))
+
+
+def is_here(tag: str) -> bool:
+    """Whether the process of a tag is, or was, one of this machine or container.
+
+    Args:
+        tag: What `owner_tag` returned, and after a further dot, anything.
+    """
+    return tag.partition(".")[0] == _host()
 
 
 def _host() -> str:

@@ -19,7 +19,7 @@ from phirt.models.layouts import is_pickle
 from phirt.models.paths import model_files
 from phirt.models.store import Store
 
-__all__ = ["real_folder"]
+__all__ = ["copy_file", "real_folder"]
 
 
 def real_folder(folder: Path, *, store: Store | None = None) -> Path:
@@ -49,7 +49,7 @@ def real_folder(folder: Path, *, store: Store | None = None) -> Path:
     def fill(target: Path) -> None:
         for name, real in wanted.items():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            _copy(real, target / name)
+            copy_file(real, target / name)
 
     try:
         needed_bytes = sum(real.stat().st_size for real in wanted.values())
@@ -83,7 +83,13 @@ def _digest(files: Mapping[str, Path]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _copy(source: Path, target: Path) -> None:
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file's content and times, sharing its blocks where the file system can.
+
+    Args:
+        source: The file.
+        target: Where the copy goes, in a folder that is there.
+    """
     if not _copy_within_kernel(source, target):
         shutil.copy2(source, target)  # On Windows this is CopyFile2, which clones blocks on ReFS.
     status = source.stat()
