@@ -40,6 +40,7 @@ from phirt.generation.params import GenerationParams
 from phirt.generation.timings import Timings, Usage
 from phirt.locate import pull
 from phirt.model import Model, load
+from phirt.remote import PullPlan
 from phirt.stream import Generation, Token, TokenLogprobs, TokenStream
 from phirt.types import Progress
 
@@ -63,6 +64,7 @@ __all__ = [
     "OutOfMemoryError",
     "PhirtError",
     "Progress",
+    "PullPlan",
     "SessionClosedError",
     "StoreError",
     "Timings",

