@@ -24,7 +24,11 @@ myst_heading_anchors = 3
 
 nitpicky = True
 # Other projects' names: their indexes are on the network, and a build must not need it.
-nitpick_ignore_regex = [("py:.*", r"(collections|numpy|pathlib|types)\..*")]
+# Nor has a type variable of a module's own (_T) a page.
+nitpick_ignore_regex = [
+    ("py:.*", r"(collections|numpy|pathlib|types)\..*"),
+    ("py:class", r"phirt\.(\w+\.)*_[A-Z]\w*"),
+]
 
 # Single backquotes in docstrings are code; they may name things that have no page.
 default_role = "code"
