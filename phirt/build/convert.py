@@ -21,7 +21,7 @@ from phirt.types import Progress, ProgressCallback
 
 __all__ = ["CONVERTER_VERSION", "choose_precision", "convert", "estimate_bytes"]
 
-CONVERTER_VERSION = 2
+CONVERTER_VERSION = 3
 """Counts changes of what the converter writes: artifacts of another version are made anew."""
 
 # Bits per weight, scales included, from above.

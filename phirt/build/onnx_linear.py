@@ -1,9 +1,11 @@
 """Linear layers and the embedding as nodes, in each precision.
 
-Three operators of ONNX Runtime's own set do the work. ``FusedMatMul`` multiplies by float
-weights as they lie in a checkpoint, (out, in). ``MatMulNBits`` multiplies by block-quantized
-weights; its ``accuracy_level`` says whether activations stay float (1) or may be rounded to
-8 bits (4), which is faster. ``GatherBlockQuantized`` reads rows of a quantized embedding.
+Float weights lie in the graph as in a checkpoint, (out, in), where an embedding may be the LM
+head too; ``Transpose`` turns them for ``MatMul``, which a runtime does once, when it loads.
+Two operators of ONNX Runtime's own set do the rest: ``MatMulNBits`` multiplies by
+block-quantized weights; its ``accuracy_level`` says whether activations stay float (1) or may
+be rounded to 8 bits (4), which is faster. ``GatherBlockQuantized`` reads rows of a quantized
+embedding.
 """
 
 from __future__ import annotations
@@ -235,9 +237,8 @@ class LinearWriter:
 
     def _matmul(self, x: str, weight: str, *, name: str, output: str | None = None) -> str:
         """``x @ weight.T``, weight (out, in)."""
-        return self._graph.contrib(
-            "FusedMatMul", [x, weight], output and [output], name=name, transB=1
-        )
+        turned = self._graph.node("Transpose", [weight], name=f"{name}/turned", perm=[1, 0])
+        return self._graph.node("MatMul", [x, turned], output and [output], name=name)
 
     def _nbits_attributes(self, weights: QuantizedMatrix) -> dict[str, int]:
         return {

@@ -49,28 +49,6 @@ def write_export(
     return out
 
 
-def use_plain_products(model: Path) -> None:
-    """Put ``MatMul`` in the place of ONNX Runtime's ``FusedMatMul``, which WebGPU lacks."""
-    proto = onnx.load(model)
-    weights = {tensor.name: tensor for tensor in proto.graph.initializer}
-    turned = set()
-    for node in proto.graph.node:
-        if node.op_type == "FusedMatMul":
-            name = f"{node.input[1]}/turned"
-            if name not in turned:
-                values = numpy_helper.to_array(weights[node.input[1]]).T
-                proto.graph.initializer.append(numpy_helper.from_array(values.copy(), name))
-                turned.add(name)
-            node.input[1], node.op_type, node.domain = name, "MatMul", ""
-            del node.attribute[:]
-    used = {name for node in proto.graph.node for name in node.input}
-    kept = [tensor for tensor in proto.graph.initializer if tensor.name in used]
-    del proto.graph.initializer[:]
-    proto.graph.initializer.extend(kept)
-    model.with_name("model.onnx.data").unlink()
-    onnx.save(proto, model)
-
-
 class _Export:
     """One graph, node by node; every method returns the name of its result."""
 
