@@ -110,6 +110,8 @@ def collect(root: Path, *, converter_version: int) -> Collected:
         if not (root / "models" / marker.name).exists():
             marker.unlink(missing_ok=True)
     _remove_locks(root / "locks")
+    with suppress(OSError):  # it is not there, or somebody is downloading
+        (root / "partial").rmdir()
     return Collected(run.freed, tuple(run.kept))
 
 

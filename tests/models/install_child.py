@@ -1,9 +1,10 @@
 """Installs into a store; for tests to run many times at once, and to kill.
 
-    python -m tests.models.install_child ROOT KIND [FILE] [--no-locks]
+    python -m tests.models.install_child ROOT KIND [WHAT] [--no-locks]
 
-KIND is ``plain`` (three small files), ``convert`` (FILE, a GGUF file) or ``remove``. It
-prints the folder, and the points at which it could have been killed.
+KIND is ``plain`` (three small files), ``convert`` (WHAT: a GGUF file), ``pull`` (WHAT: a name
+on the hub of HF_ENDPOINT) or ``remove``. It prints the folder, and the points at which it
+could have been killed.
 """
 
 from __future__ import annotations
@@ -71,6 +72,15 @@ def main() -> None:
             progress=tensor_done,
         )
         said = [store.install(KEY, fill_model)]
+    elif kind == "pull":
+        from phirt.models.hub_models import fetch, plan_build
+        from phirt.models.hub_names import HubName
+
+        name = HubName.parse(arguments[2])
+        build = plan_build(
+            name, label=name.repo, formats=("onnx-genai",), device="cpu", offline=False
+        )
+        said = [fetch(build, store, progress=None).path]
     else:
         store.remove(KEY)
         said = []

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +9,10 @@ import pytest
 
 from phirt.errors import ModelNotFoundError
 from phirt.models.folder import read_folder
-from phirt.models.kill_points import VARIABLE
 from phirt.models.store import Store
 from tests.models.install_child import RUNS
+from tests.models.processes import NEVER, finish, kill, points, start
 from tests.models.store_content import KEY, fill, leftovers
-
-REPOSITORY = Path(__file__).parents[2]
-NEVER = 10**9
 
 
 @pytest.fixture
@@ -26,42 +20,10 @@ def store(tmp_path):
     return Store(tmp_path / "store")
 
 
-def start(store: Store, *arguments: object, kill_at: int | str = 0) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.models.install_child", store.root, *arguments]
-    return subprocess.Popen(
-        [str(argument) for argument in command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=REPOSITORY,
-        env=os.environ | {VARIABLE: str(kill_at) if kill_at else ""},
-    )
-
-
-def finish(process: subprocess.Popen[str]) -> list[str]:
-    """The lines that a process printed, which must have gone well."""
-    output, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    return output.splitlines()
-
-
-def kill(store: Store, *arguments: object, at: int | str) -> None:
-    process = start(store, *arguments, kill_at=at)
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode not in {0, 1}, f"not killed at {at}: {errors}"
-
-
-def points(tmp_path: Path, *arguments: object) -> list[str]:
-    """Names of the points that an undisturbed run passes, in order."""
-    run = start(Store(tmp_path / "undisturbed" / "store"), *arguments, kill_at=NEVER)
-    return finish(run)[-1].split()
-
-
 # Row S4: kill -9.
 
 
 def test_a_run_passes_every_kind_of_point(tmp_path):
-    (tmp_path / "undisturbed").mkdir()
     passed = points(tmp_path, "plain")
     assert set(passed) == {"fill", "part", "manifest", "hash", "sync", "publish", "published"}
     assert passed.index("hash") < passed.index("sync") < passed.index("publish")
@@ -120,7 +82,6 @@ def test_s4_killed_while_a_model_is_removed(store, point):
 
 
 def test_s4_killed_at_seeded_points_of_a_conversion(store, tmp_path, tiny_gguf):
-    (tmp_path / "undisturbed").mkdir()
     passed = points(tmp_path, "convert", tiny_gguf)
     chosen = np.random.default_rng(4).choice(len(passed), size=10, replace=False)
     for number in map(int, chosen + 1):
