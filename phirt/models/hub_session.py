@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
-from urllib.parse import urljoin, urlsplit
 
 from phirt._version import __version__
 from phirt.errors import ModelNotFoundError, UnsafeModelError
@@ -197,6 +196,7 @@ def body(response: httpx2.Response) -> Iterator[bytes]:
 
 def _follow(url: str, first_byte: int) -> tuple[httpx2.Response, bool]:
     """The first answer that is no redirect, and whether a token was sent for it."""
+    import httpx2
     from huggingface_hub import constants
 
     headers = {
@@ -207,28 +207,30 @@ def _follow(url: str, first_byte: int) -> tuple[httpx2.Response, bool]:
     if first_byte:
         headers["Range"] = f"bytes={first_byte}-"
     token = _token()
-    origin: tuple[str, str, int | None] | None = _origin(url)
+    address = httpx2.URL(url)
+    hub = _origin(address)
+    is_hub = True
     client = _client()
     for _ in range(_MOST_REDIRECTS):
         request = client.build_request(
-            "GET", url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
+            "GET", address, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT
         )
-        if origin is not None and token:
-            request.headers["Authorization"] = f"Bearer {token}"
-        if origin is None:
+        if is_hub:
+            if token:
+                request.headers["Authorization"] = f"Bearer {token}"
+            response = client.send(request, stream=True, follow_redirects=False)
+        else:
             # An application's own client may carry credentials by default.
             for name in ("Authorization", "Cookie"):
                 request.headers.pop(name, None)
             response = client.send(request, auth=None, stream=True, follow_redirects=False)
-        else:
-            response = client.send(request, stream=True, follow_redirects=False)
         location = response.headers.get("Location")
         if response.status_code not in _REDIRECTS or not location:
             return response, bool(token)
         response.close()
-        url = urljoin(url, location)
-        if origin is not None and _origin(url) != origin:
-            origin = None  # and for good: what comes from there may point back here
+        address = address.join(location)
+        # Once away, away for good: what another host redirects to is that host's choice.
+        is_hub = is_hub and _origin(address) == hub
     raise TransientError(f"the hub redirects more than {_MOST_REDIRECTS} times")
 
 
@@ -250,9 +252,8 @@ def _token() -> str | None:
     return None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
 
 
-def _origin(url: str) -> tuple[str, str, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, (parts.hostname or "").lower(), parts.port
+def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port
 
 
 @contextmanager

@@ -93,6 +93,7 @@ class Fault:
     kind: str
     on: str
     times: int | None
+    skip: int
     after: int
     options: dict[str, Any]
 

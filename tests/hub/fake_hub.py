@@ -75,7 +75,14 @@ class FakeHub:
         return commit
 
     def misbehave(
-        self, kind: str, *, on: str = "", times: int | None = None, after: int = 0, **options: Any
+        self,
+        kind: str,
+        *,
+        on: str = "",
+        times: int | None = None,
+        skip: int = 0,
+        after: int = 0,
+        **options: Any,
     ) -> None:
         """Do wrong in one way, until `behave` or for a number of times.
 
@@ -88,10 +95,11 @@ class FakeHub:
                 on a listing ``"listing"`` (change, a function of the document) and ``"gzip"``.
             on: A part of the request's path; of a file's name for what the second host sends.
             times: How often.
+            skip: How often not, before that.
             after: Bytes of a file, counted from its beginning, range or not.
             options: What the kind takes.
         """
-        self._faults.append(Fault(kind, on, times, after, options))
+        self._faults.append(Fault(kind, on, times, skip, after, options))
 
     def behave(self) -> None:
         """Do no wrong from now on."""
@@ -102,6 +110,9 @@ class FakeHub:
         with self.lock:
             for fault in self._faults:
                 if fault.kind == kind and fault.on in path and fault.times != 0:
+                    if fault.skip:
+                        fault.skip -= 1
+                        continue
                     if fault.times is not None:
                         fault.times -= 1
                     return fault
