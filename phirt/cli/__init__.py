@@ -1,25 +1,45 @@
 """The command line: one small file per command.
 
 What a user gets back: 0 when it worked; 1 for a `PhirtError` or an error of the system (a
-full disk), with its message; 2 for wrong usage, with one line that says what is wrong; 130
-after Ctrl-C, and 141 when the reader of the output has gone, as shells count signals. The
-answer goes to stdout, all else to stderr.
+full disk), with its message, for a download that nobody agreed to, and where `phirt verify`
+found a fault; 2 for wrong usage, with one line that says what is wrong; 130 after Ctrl-C,
+and 141 when the reader of the output has gone, as shells count signals. The answer goes to
+stdout, all else to stderr.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from phirt.cli.announce import DeclinedError
 from phirt.cli.arguments import UsageError, parse
+from phirt.cli.gc import collect
+from phirt.cli.list import print_list
+from phirt.cli.pull import pull
+from phirt.cli.rm import remove
 from phirt.cli.run import run
+from phirt.cli.show import show
 from phirt.cli.terminal import is_broken_pipe, open_log, use_utf8
+from phirt.cli.verify import verify
 from phirt.errors import PhirtError
 
 __all__ = ["main"]
 
 _FAILED, _WRONG_USAGE, _INTERRUPTED, _NO_READER = 1, 2, 130, 141
+
+# What each does; its value is the exit status, None for 0.
+_COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
+    "run": run,
+    "pull": pull,
+    "list": print_list,
+    "show": show,
+    "verify": verify,
+    "rm": remove,
+    "gc": collect,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,11 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     open_log(arguments.verbose)
     try:
-        run(arguments)
+        status = _COMMANDS[arguments.command](arguments)
         sys.stdout.flush()
     except UsageError as error:
-        return _fail(_WRONG_USAGE, f"{error} (phirt run --help lists the options)")
-    except PhirtError as error:
+        hint = f"phirt {arguments.command} --help lists the options"
+        return _fail(_WRONG_USAGE, f"{error} ({hint})")
+    except (PhirtError, DeclinedError) as error:
         return _fail(_FAILED, str(error))
     except KeyboardInterrupt:
         return _INTERRUPTED
@@ -49,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_broken_pipe(error):
             return _NO_READER
         return _fail(_FAILED, f"the system refused a file or the output: {error}")
-    return 0
+    return status or 0
 
 
 def _fail(status: int, message: str) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from phirt._version import __version__
-from phirt.locate import PRECISIONS
+from phirt.cli.store_arguments import add_store_commands, add_target
 
 __all__ = ["UsageError", "parse"]
 
@@ -36,8 +36,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"phirt {__version__}")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_run(commands)
+    add_store_commands(commands)
     return parser.parse_args(argv)
 
 
@@ -53,16 +54,10 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     where.add_argument(
         "-m",
         "--model",
-        help="a name, a model folder or a GGUF file (default: a small model, fetched once)",
+        help="a name, org/name of a hub, a model folder or a GGUF file (default: a small model, "
+        "fetched once)",
     )
-    where.add_argument("--device", default="auto", help="such as cpu (default: auto)")
-    where.add_argument("--backend", default="auto", help="such as onnxruntime (default: auto)")
-    where.add_argument(
-        "--precision",
-        default="auto",
-        help=f"what a checkpoint is converted to: {', '.join(PRECISIONS)} (default: auto)",
-    )
-    where.add_argument("--offline", action="store_true", help="use no network at all")
+    add_target(where)
     how = run.add_argument_group(
         "generation", "What is not given is as the model's own configuration says, else greedy."
     )

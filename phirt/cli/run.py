@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 import phirt
+from phirt.cli.announce import Announcer
 from phirt.cli.arguments import UsageError
 from phirt.cli.chat import chat
 from phirt.cli.progress import ProgressBars
@@ -98,14 +99,15 @@ def _piped() -> str:
 
 @contextmanager
 def _load(arguments: argparse.Namespace) -> Iterator[Model]:
-    with _wrong_usage(), ProgressBars() as progress:
+    with _wrong_usage(), ProgressBars() as bars:
         model = phirt.load(
             arguments.model,
             device=arguments.device,
             backend=arguments.backend,
             precision=arguments.precision,
             offline=arguments.offline,
-            progress=progress,
+            progress=bars,
+            announce=Announcer(bars, yes=arguments.yes),
         )
     with model:
         yield model

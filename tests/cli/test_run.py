@@ -56,7 +56,7 @@ def test_what_to_load_is_handed_on(phirt_run):
     model = FakeModel()
     options = "-m a.gguf --device cpu --backend onnxruntime --precision int8 --offline"
     phirt_run("x", *shlex.split(options), model=model)
-    del model.loaded_with["progress"]
+    del model.loaded_with["progress"], model.loaded_with["announce"]
     assert model.loaded_with == {
         "model": "a.gguf",
         "device": "cpu",
