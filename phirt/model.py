@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
 from phirt.dispatch.candidates import Candidates
 from phirt.dispatch.select import Selection, load_first
-from phirt.errors import SessionClosedError, UnsupportedModelError
+from phirt.errors import ModelNotFoundError, SessionClosedError, UnsupportedModelError
 from phirt.generation.loop import DecodeLoop
 from phirt.generation.params import GenerationParams
 from phirt.generation.params_resolved import GenerationDefaults
@@ -87,6 +88,7 @@ def load(
     candidates = Candidates(device=device, backend=backend)
     candidates.check()
     started = time.perf_counter()
+    located: list[Path] = []
 
     def find_folder(formats: tuple[str, ...]) -> ModelFolder:
         nonlocal started
@@ -102,14 +104,29 @@ def load(
         )
         # Loading begins here: a download or a conversion happens once, and is not part of it.
         started = time.perf_counter()
+        located.append(folder.artifact.path)
         return folder
 
     settings = LoadOptions(threads=threads, spinning=spinning, extra=dict(options or {}))
-    selection = load_first(candidates, find_folder, settings)
+    with _explain_removal(located):
+        selection = load_first(candidates, find_folder, settings)
+        try:
+            return Model(selection, started=started)
+        except BaseException:
+            selection.loaded.close()
+            raise
+
+
+@contextmanager
+def _explain_removal(located: Sequence[Path]) -> Iterator[None]:
+    """Say that a model was removed, where that is behind whatever a runtime raised."""
     try:
-        return Model(selection, started=started)
-    except BaseException:
-        selection.loaded.close()
+        yield
+    except Exception as error:
+        if located and not located[-1].exists():
+            raise ModelNotFoundError(
+                f"The model at {located[-1]} was removed while it was being loaded."
+            ) from error
         raise
 
 
