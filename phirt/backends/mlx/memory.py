@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import re
 
+from phirt.backends.native_errors import first_line
 from phirt.errors import BackendRuntimeError, OutOfMemoryError
 
 __all__ = ["check_host_memory", "translate"]
@@ -19,11 +20,10 @@ _ADVICE = "Ask for fewer tokens, or load a smaller model."
 
 def translate(error: BaseException, doing: str) -> BackendRuntimeError | OutOfMemoryError:
     """Say what MLX raised; the caller chains the original."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(str(error)):
-        return OutOfMemoryError(f"Out of memory while {doing}: {first_line}. {_ADVICE}")
+        return OutOfMemoryError(f"Out of memory while {doing}: {first_line(error)}. {_ADVICE}")
     return BackendRuntimeError(
-        f"MLX failed while {doing}: {type(error).__name__}: {first_line:.500}"
+        f"MLX failed while {doing}: {type(error).__name__}: {first_line(error):.500}"
     )
 
 

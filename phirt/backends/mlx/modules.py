@@ -15,6 +15,7 @@ from typing import Any
 
 from phirt.backends.mlx.config import MlxConfig, Quantization
 from phirt.backends.mlx.decoder import Decoder
+from phirt.backends.native_errors import first_line
 from phirt.errors import BackendBrokenError, BackendNotInstalledError, ModelFormatError
 
 __all__ = ["build_decoder", "import_model_module"]
@@ -120,8 +121,7 @@ def build_decoder(
         model.load_weights(list(tensors.items()), strict=True)
     except ValueError as error:
         raise ModelFormatError(
-            f"{config.source}: the tensors are not those of this model: "
-            f"{str(error).splitlines()[0]:.300}"
+            f"{config.source}: the tensors are not those of this model: {first_line(error):.300}"
         ) from error
     mx.eval(model.parameters())
     return Decoder(mx, model, config.decoder)

@@ -15,10 +15,10 @@ from typing import Any, ClassVar
 
 from phirt.backends.base import BaseModel, import_runtime
 from phirt.backends.execution import InTurn, Parallel
+from phirt.backends.onnx_nodes import read_nodes, supported_context
 from phirt.backends.onnxruntime.errors import translate_load
 from phirt.backends.onnxruntime.graph import describe_graph
 from phirt.backends.onnxruntime.memory import DeviceMemory, HostMemory
-from phirt.backends.onnxruntime.nodes import read_nodes, supported_context
 from phirt.backends.onnxruntime.options import Settings, session_options
 from phirt.backends.onnxruntime.pool import OrtPool
 from phirt.backends.onnxruntime.proto import top_model

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 
+from phirt.backends.native_errors import first_line
 from phirt.errors import BackendRuntimeError, ModelFormatError, OutOfMemoryError
 
-__all__ = ["first_line", "translate", "translate_load"]
+__all__ = ["translate", "translate_load"]
 
 _OUT_OF_MEMORY = re.compile(
     r"bad.?alloc|failed to allocate|not enough memory|out of memory", re.IGNORECASE
@@ -31,8 +32,3 @@ def translate_load(
     if _DAMAGED.search(type(error).__name__):
         return ModelFormatError(f"onnxruntime cannot read {path}: {first_line(error)}")
     return translate(error, f"loading {path}")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of its message, or its type's name."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

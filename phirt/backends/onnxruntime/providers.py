@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from phirt.backends.onnx_nodes import is_heavy
 from phirt.devices.names import DeviceName
 from phirt.errors import BackendBrokenError, DeviceNotAvailableError, DevicePlacementError
 from phirt.protocols import Placement
@@ -23,29 +24,6 @@ __all__ = ["Provider", "add_to", "find_provider", "installed", "read_placement"]
 
 _CPU = "CPUExecutionProvider"
 _PREFIX = "onnxruntime_ep_"
-
-# What must be on the device for a model to count as running there. The rest, shapes, lengths
-# and masks of a few integers, belongs on the CPU: providers leave it there on purpose.
-_HEAVY = frozenset(
-    {
-        "Attention",
-        "DecoderMaskedMultiHeadAttention",
-        "DynamicQuantizeMatMul",
-        "FusedGemm",
-        "FusedMatMul",
-        "Gemm",
-        "GroupQueryAttention",
-        "MatMul",
-        "MatMulBnb4",
-        "MatMulInteger",
-        "MatMulIntegerToFloat",
-        "MatMulNBits",
-        "MoE",
-        "MultiHeadAttention",
-        "PackedAttention",
-        "QMoE",
-    }
-)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +200,7 @@ def read_placement(inference: Any, provider: Provider, device: str) -> Placement
     for assignment in inference.get_provider_graph_assignment_info():
         for node in assignment.get_nodes():
             nodes[assignment.ep_name] += 1
-            if assignment.ep_name != provider.name and node.op_type in _HEAVY:
+            if assignment.ep_name != provider.name and is_heavy(node.op_type):
                 strays.append(f"{node.op_type} {node.name!r}")
     if strays or provider.name not in nodes:
         found = ", ".join(f"{count} nodes on {name}" for name, count in nodes.items()) or "nothing"

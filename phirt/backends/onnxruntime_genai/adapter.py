@@ -20,7 +20,8 @@ import numpy as np
 from phirt.backends.base import BaseModel, import_runtime
 from phirt.backends.distributions import check_single_owner
 from phirt.backends.execution import InTurn, Parallel
-from phirt.backends.onnxruntime.nodes import GraphNodes, read_nodes, supported_context
+from phirt.backends.native_errors import first_line
+from phirt.backends.onnx_nodes import GraphNodes, is_heavy, read_nodes, supported_context
 from phirt.backends.onnxruntime_genai.config import (
     PROVIDERS,
     Provider,
@@ -34,7 +35,6 @@ from phirt.backends.onnxruntime_genai.session import (
     CHUNK,
     GenaiSession,
     Generators,
-    first_line,
     translate,
 )
 from phirt.devices.names import DeviceName
@@ -72,9 +72,6 @@ _NO_DEVICE = re.compile(
     r"not supported in this build|not been built with|interface not available|devices? matched",
     re.IGNORECASE,
 )
-# What must be on the device for a model to count as running there. The rest, lengths and masks
-# of a few integers, belongs on the CPU: providers leave it there on purpose.
-_HEAVY = re.compile(r"MatMul|Gemm|Attention|MoE")
 
 
 def _import() -> Any:
@@ -254,7 +251,7 @@ def _try_out(
         kernels = _read_profile(Path(scratch))
     nodes = Counter(provider for provider, _ in kernels)
     strays = sorted(
-        {op for name, op in kernels if name != provider.execution_provider and _HEAVY.search(op)}
+        {op for name, op in kernels if name != provider.execution_provider and is_heavy(op)}
     )
     if strays or (nodes and provider.execution_provider not in nodes):
         found = ", ".join(f"{count} nodes on {name}" for name, count in nodes.items())

@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phirt.backends.base import BaseModel, BaseSession, HostLogits
+from phirt.backends.native_errors import first_line
 from phirt.errors import BackendRuntimeError, OutOfMemoryError
 from phirt.protocols import Logits
 from phirt.types import FloatArray
 
-__all__ = ["BUCKET", "CHUNK", "GenaiSession", "Generators", "first_line", "translate"]
+__all__ = ["BUCKET", "CHUNK", "GenaiSession", "Generators", "translate"]
 
 BUCKET = 256
 """Tokens; the KV cache is allocated in multiples of it."""
@@ -41,11 +42,6 @@ def translate(error: Exception, doing: str) -> BackendRuntimeError | OutOfMemory
             "or load the model in a smaller precision."
         )
     return BackendRuntimeError(f"onnxruntime-genai failed while {doing}: {first_line(error)}")
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from phirt.backends.native_errors import first_line
 from phirt.errors import ModelFormatError, UnsupportedModelError
 from phirt.models.safe_json import read_json
 from phirt.models.safetensors import SafetensorsFolder
@@ -169,7 +170,7 @@ def _read_config(transformers: Any, folder: Path) -> Any:
     # Each architecture validates its own fields, and raises what it likes.
     except Exception as error:
         raise ModelFormatError(
-            f"{folder}/config.json is no valid configuration of {kind}: {_first_line(error)}"
+            f"{folder}/config.json is no valid configuration of {kind}: {first_line(error)}"
         ) from error
 
 
@@ -262,7 +263,7 @@ def _build(network_class: Any, config: Any, folder: Path) -> Any:
     except Exception as error:
         raise ModelFormatError(
             f"{folder}/config.json describes no model that transformers can build: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
 
 
@@ -282,7 +283,7 @@ def _fill(
         if "mismatch" not in str(error):
             raise
         raise ModelFormatError(
-            f"The weights do not have the shapes that config.json asks for: {_first_line(error)}"
+            f"The weights do not have the shapes that config.json asks for: {first_line(error)}"
         ) from error
     return network, report
 
@@ -300,7 +301,3 @@ def _mend_phimoe(network: Any) -> None:
 
 def _chosen_frequencies(rotary: Any, _config: object) -> tuple[Any, Any]:
     return rotary.inv_freq, rotary.attention_scaling
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -12,6 +12,7 @@ import numpy as np
 
 from phirt.backends.base import BaseModel, BaseSession
 from phirt.backends.execution import InTurn
+from phirt.backends.native_errors import first_line
 from phirt.backends.transformers.cache import InterruptedRun, LayerShape, SessionCache
 from phirt.errors import (
     BackendRuntimeError,
@@ -50,7 +51,6 @@ _CAPABILITIES = Capabilities(
 
 def translate(error: BaseException, doing: str) -> BackendRuntimeError | OutOfMemoryError:
     """Say in phirt's words what torch or transformers raised; the caller chains the original."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
     kind = type(error).__name__
     # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU's allocator raises.
     if (
@@ -59,10 +59,10 @@ def translate(error: BaseException, doing: str) -> BackendRuntimeError | OutOfMe
         or _OUT_OF_MEMORY.search(str(error))
     ):
         return OutOfMemoryError(
-            f"Out of memory while {doing}: {first_line}. Ask for fewer tokens, or load a "
+            f"Out of memory while {doing}: {first_line(error)}. Ask for fewer tokens, or load a "
             "smaller model."
         )
-    return BackendRuntimeError(f"transformers failed while {doing}: {kind}: {first_line}")
+    return BackendRuntimeError(f"transformers failed while {doing}: {kind}: {first_line(error)}")
 
 
 class TransformersModel(BaseModel):

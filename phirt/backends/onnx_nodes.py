@@ -1,8 +1,12 @@
-"""What a graph's nodes say that its inputs do not: attention windows, LongRoPE's boundary."""
+"""What an ONNX graph's nodes say that its inputs do not, to every adapter that runs one.
+
+Attention windows, LongRoPE's boundary, and which nodes prove where a model runs.
+"""
 
 from __future__ import annotations
 
 import mmap
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +24,7 @@ from phirt.models.protobuf import (
     signed,
 )
 
-__all__ = ["GraphNodes", "read_nodes", "supported_context"]
+__all__ = ["GraphNodes", "is_heavy", "read_nodes", "supported_context"]
 
 # Field numbers of onnx.proto.
 _MODEL_GRAPH = 7
@@ -36,6 +40,20 @@ _CHOOSERS = (
     "/model/pos_ids_reformat/GreaterOrEqual",
     "/model/rope/is_long",
 )
+
+_HEAVY = re.compile(r"MatMul|Gemm|Attention|MoE")
+
+
+def is_heavy(operator: str) -> bool:
+    """Whether nodes of an operator must be on the device for a model to count as running there.
+
+    These are products of matrices and attention. The rest, shapes, lengths and masks of a few
+    integers, belongs on the CPU: providers leave it there on purpose.
+
+    Args:
+        operator: Such as ``"MatMulNBits"`` or ``"GroupQueryAttention"``.
+    """
+    return _HEAVY.search(operator) is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
