@@ -29,7 +29,8 @@ def cached_files(snapshot: HubSnapshot, file: HubFile) -> list[Path]:
         repository / "blobs" / file.digest,
         repository / "snapshots" / snapshot.commit / file.path,
     )
-    return [place for place in places if _has_size(place, file.size)]
+    # Mostly one file, and a link to it.
+    return list({place.resolve() for place in places if _has_size(place, file.size)})
 
 
 def _cache() -> Path:

@@ -192,8 +192,8 @@ class _Fetch:
         try:
             copy_file(source, self._part.path)
             self._part.path.touch()  # a copy keeps the original's time
-        except PermissionError as error:
-            _logger.info("%s cannot be read: %s", source, error)
+        except (FileNotFoundError, PermissionError) as error:
+            _logger.info("%s cannot be copied: %s", source, error)
             return False
         self._resume()
         if self._count == self._file.size and self._digest.hexdigest() == self._file.digest:
