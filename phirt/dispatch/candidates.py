@@ -86,13 +86,15 @@ class Candidates:
             return
         offered = [found for name in self._names for found in self._probe(name)[1]]
         if self.device.kind != "auto":
-            known = sorted({found.device for found in offered})
-            offered = [found for found in offered if self.device.is_one_of([found.device])]
-            if not offered:
+            known = sorted({found.device for found in offered if found.status in _USABLE})
+            here = [found for found in offered if self.device.is_one_of([found.device])]
+            if known and not here:
                 raise DeviceNotAvailableError(
                     f"Device '{self.device}' is not available to {self.described}, which offers: "
-                    f'{", ".join(known) or "none"}. Pass one of these, or device="auto".'
+                    f'{", ".join(known)}. Pass one of these, or device="auto".'
                 )
+            # What is not installed offers nothing, so that to say "cpu" of it would be wrong.
+            offered = here or offered
         reasons = " ".join(dict.fromkeys(found.reason for found in offered))
         broken = any(found.status == "broken" for found in offered)
         raise (BackendBrokenError if broken else BackendNotInstalledError)(

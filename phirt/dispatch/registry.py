@@ -64,7 +64,7 @@ def get_backend(name: str) -> Backend:
     except Exception as error:
         raise BackendBrokenError(
             f"The adapter of backend {name!r} ({target}) cannot be imported: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {error}. Reinstall or update the package that brings it."
         ) from error
     return backend
 

@@ -90,7 +90,8 @@ class _Failure:
 
 def _sentence(candidate: Candidate, verdict: Reject) -> str:
     fix = f" {verdict.fix}" if verdict.fix else ""
-    return f"{candidate.backend.name} on {candidate.device}: {verdict.reason}.{fix}"
+    reason = verdict.reason.rstrip(".")  # It may be an error's message, which ends in one.
+    return f"{candidate.backend.name} on {candidate.device}: {reason}.{fix}"
 
 
 def _nothing_fits(candidates: Candidates, failures: list[_Failure]) -> Exception:

@@ -195,7 +195,7 @@ def test_a_fault_that_all_find_is_told_once(backends):
         raise UnsupportedModelError("a kind that nobody converts")
 
     backends(first=FakeBackend(), second=FakeBackend())
-    with pytest.raises(UnsupportedModelError, match="^a kind that nobody converts$"):
+    with pytest.raises(UnsupportedModelError, match=r"^a kind that nobody converts$"):
         load(find=find)
 
 
@@ -236,6 +236,18 @@ class TestBeforeAModelIsFetched:
         backends(only=FakeBackend(status=status))
         with pytest.raises(error, match=f"cpu is {status}"):
             check(device="cpu", backend="auto")
+
+    def test_another_device_of_a_runtime_that_is_not_installed(self, backends):
+        """Its probe names the CPU; that it is missing is what the user has to know."""
+        backends(only=FakeBackend(status="missing"))
+        with pytest.raises(BackendNotInstalledError, match="cpu is missing"):
+            check(device="cuda", backend="only")
+
+    def test_a_device_is_looked_for_in_what_is_installed(self, backends):
+        gone = FakeBackend(status="missing", devices=("cpu", "npu"))
+        backends(gone=gone, here=FakeBackend())
+        with pytest.raises(DeviceNotAvailableError, match=r"'cuda'.*offers: cpu\."):
+            check(device="cuda", backend="auto")
 
     def test_an_unknown_backend(self, backends):
         backends(known=FakeBackend())

@@ -98,7 +98,7 @@ class ReferenceBackend:
             )
         verdict = self.accepts(artifact, device)
         if isinstance(verdict, Reject):
-            raise UnsupportedModelError(f"{artifact.path}: {verdict.reason}")
+            raise UnsupportedModelError(f"{artifact.path}: {verdict.reason.rstrip('.')}.")
         folder = read_folder(artifact.path, name=artifact.name, formats=self.formats)
         config = read_decoder_config(artifact.path / "config.json")
         weights = read_weights(artifact.path, config)

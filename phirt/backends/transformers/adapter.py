@@ -124,7 +124,8 @@ def _load(
     except ImportError as error:
         # transformers imports an architecture, and what it needs, only now.
         raise BackendBrokenError(
-            f"Backend {BACKEND!r}: transformers cannot import what {path} needs: {error}"
+            f"Backend {BACKEND!r}: transformers cannot import what {path} needs: {error}. "
+            "Install that package, or choose another backend."
         ) from error
     # Building a model runs code of its architecture, which raises what it likes.
     except Exception as error:
