@@ -109,7 +109,9 @@ def faults_of_sources(root: Path, progress: ProgressCallback | None = None) -> l
     faults = []
     for folder in _folders(root / "sources"):
         for file in folder.iterdir():
-            if file.name != SOURCE_RECORD and sha256_of(file, progress=progress) != folder.name:
+            if file.name == SOURCE_RECORD or file.name.startswith("."):
+                continue
+            if sha256_of(file, progress=progress) != folder.name:
                 problem = f"is damaged: its SHA-256 is not {folder.name}."
                 faults.append(Fault(key=folder.name, path=file, problem=problem))
     return faults
@@ -143,6 +145,7 @@ def _last_used(root: Path, key: str) -> datetime | None:
 
 def _folders(parent: Path) -> list[Path]:
     try:
-        return sorted(parent.iterdir())
+        # Finder leaves a file .DS_Store wherever somebody looks.
+        return sorted(entry for entry in parent.iterdir() if entry.is_dir())
     except FileNotFoundError:
         return []

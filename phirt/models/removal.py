@@ -202,6 +202,7 @@ def _remove_locks(folder: Path) -> None:
 
 def _entries(folder: Path) -> list[Path]:
     try:
-        return sorted(folder.iterdir())
+        # Finder leaves a file .DS_Store wherever somebody looks.
+        return sorted(entry for entry in folder.iterdir() if entry.name != ".DS_Store")
     except FileNotFoundError:
         return []

@@ -122,8 +122,9 @@ def _work_folder(target: Path, root: Path) -> Path:
 
 
 def _entries(folder: Path) -> list[Path]:
+    """The work folders in ``tmp/``, whose names end in ``@`` and their owner."""
     try:
-        return list(folder.iterdir())
+        return [entry for entry in folder.iterdir() if "@" in entry.name]
     except FileNotFoundError:
         return []
 
@@ -169,19 +170,25 @@ def _publish(content: Path, target: Path, *, find: Find, aside: Path) -> None:
 
 def _sync_tree(folder: Path) -> None:
     """Have a folder's content on the disk before its name is."""
-    for parent, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             _sync(Path(parent, name))
-        _sync(Path(parent))
+        _sync(Path(parent), is_last=parent == str(folder))
 
 
-def _sync(path: Path) -> None:
+def _sync(path: Path, *, is_last: bool = False) -> None:
     if sys.platform == "win32" and path.is_dir():
         return  # Windows opens no folders, and orders the change of a name itself
     # Windows flushes only what is open for writing.
     descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if sys.platform == "darwin" and is_last:
+            # There fsync reaches the drive and not its platter; this empties the drive's cache.
+            import fcntl
+
+            with suppress(OSError):  # not every file system has it
+                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     finally:
         os.close(descriptor)
 

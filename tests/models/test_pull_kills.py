@@ -1,14 +1,21 @@
-"""Rows S4 and S8 over a pull: from the first byte of a download to the installed model."""
+"""Rows S4, S8 and S9 over a pull: from the first byte of a download to the installed model."""
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from phirt.errors import StoreError
+from phirt.models import hub_download, manifest, staging
 from phirt.models.folder import read_folder
+from phirt.models.hub_models import fetch, plan_build
+from phirt.models.hub_names import HubName
 from phirt.models.store import Store
 from tests.hub.fake_hub import FakeHub
 from tests.models.model_files import write_model_folder
@@ -106,3 +113,58 @@ def test_s8_eight_processes_pull_the_same_model(store, hub, environment, tmp_pat
     assert read_folder(Path(path)).artifact.path == Path(path)
     assert leftovers(store) == []
     assert is_clean(store)
+
+
+# Row S9: a full disk.
+
+
+@pytest.fixture
+def pull(hub, environment, monkeypatch, store):
+    """Pulls in this process."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    def pull() -> Path:
+        name = HubName.parse(REPO)
+        build = plan_build(name, label="tiny", formats=("onnx-genai",), device="cpu", offline=False)
+        return fetch(build, store, progress=None).path
+
+    return pull
+
+
+@pytest.mark.parametrize("point", ["fill", "chunk", "take", "manifest", "hash", "sync", "publish"])
+def test_s9_a_disk_that_fills_up_at_any_point_of_a_pull(
+    store, hub, pull, *, tmp_path, monkeypatch, point
+):
+    publish(hub, tmp_path / "old", seed=0)
+    old = pull()
+    publish(hub, tmp_path / "new", seed=1)
+
+    def full(name: str) -> None:
+        if name == point:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        for module in (staging, manifest, hub_download):
+            patch.setattr(module, "kill_point", full)
+        with pytest.raises(StoreError, match=r"disk space; .* MB free"):
+            pull()
+    assert [model.path for model in store.installed()] == [old], "the old model is intact"
+    assert store.verify() == []
+    assert leftovers(store) == []
+    new = pull()
+    assert {model.path for model in store.installed()} == {old, new}
+    assert is_clean(store)
+
+
+def test_s9_too_little_space_is_said_before_a_byte_is_fetched(
+    store, hub, pull, tmp_path, monkeypatch
+):
+    publish(hub, tmp_path / "model", seed=0)
+    usage = shutil.disk_usage(tmp_path)._replace(free=DATA_BYTES - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda path: usage)
+        with pytest.raises(StoreError, match="needs about 3 MB of disk space"):
+            pull()
+    assert hub.bytes_sent == 0
+    assert pull().is_dir()

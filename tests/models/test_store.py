@@ -170,7 +170,7 @@ def test_s9_the_old_model_stays_when_another_does_not_fit(store):
 
 
 def test_a_full_disk_while_the_store_itself_writes(store, monkeypatch):
-    def full(path: Path) -> None:
+    def full(path: Path, **kwargs: bool) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(staging, "_sync", full)

@@ -241,6 +241,17 @@ def test_a_compiled_model_in_use_is_kept(store):
     assert not folder.exists()
 
 
+def test_what_finder_leaves_is_no_fault_and_stops_nothing(store):
+    path = install_converted(store)
+    for name in ("", "models", "sources", f"sources/{SHA256}", "tmp", path.relative_to(store.root)):
+        (store.root / name / ".DS_Store").write_bytes(b"finder")
+    assert store.verify() == []
+    assert [model.key for model in store.installed()] == [KEY]
+    assert store.collect(converter_version=3).freed["sources"] >= len(CONTENT)
+    assert store.collect(converter_version=3).freed == {}
+    assert store.remove(KEY) >= len(CONTENT)
+
+
 def test_records_of_files_that_are_gone_are_forgotten(store, tmp_path):
     records = store.root / "hashes"
     for name in ("kept", "gone"):
