@@ -56,8 +56,8 @@ def check_folder(folder: Path, manifest: Manifest, *, sha256: Callable[[Path], s
             if name in TEMPLATE_FILES:
                 _check_template(folder, manifest)
             raise ModelFormatError(
-                f"{folder / name} {problem} Repair the model with `phirt pull`, or remove it with "
-                f"`phirt rm {folder.name}` and load it again."
+                f"{folder / name} {problem} Install the model again with `phirt pull`, or "
+                f"remove it with `phirt rm {folder.name}`."
             )
     if any(name not in manifest.files and (folder / name).exists() for name in TEMPLATE_FILES):
         _check_template(folder, manifest)
