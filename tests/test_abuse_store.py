@@ -1,4 +1,4 @@
-"""Row S12: a model is removed while it is being loaded."""
+"""Rows S11, S12 and M6 as a load meets them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import phirt
-from phirt.errors import ModelError, StoreError
+from phirt.errors import ModelError, ModelFormatError, StoreError, UnsafeModelError
 from phirt.models.store import Store
 
 
@@ -56,6 +56,34 @@ def store(pristine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> St
     monkeypatch.setenv("PHIRT_HOME", str(root))
     shutil.copytree(pristine, root)
     return Store(root)
+
+
+def test_s11_a_load_refuses_a_corrupted_file_and_names_it(store, tiny_gguf):
+    (model,) = store.installed()
+    weights = model.path / "model.onnx.data"
+    data = bytearray(weights.read_bytes())
+    data[1000] ^= 1
+    weights.write_bytes(data)
+    for name in (tiny_gguf, model.path):
+        with pytest.raises(ModelFormatError, match=r"model\.onnx\.data is damaged: its SHA-256"):
+            phirt.load(name, precision="int8" if name == tiny_gguf else "auto", device="cpu")
+    assert [fault.path for fault in store.verify()] == [weights]
+    store.remove(model.key)
+    phirt.load(tiny_gguf, precision="int8", device="cpu").close()
+    assert store.verify() == []
+
+
+def test_m6_a_load_refuses_a_changed_chat_template_until_it_is_accepted(store):
+    (model,) = store.installed()
+    changed = "{% for message in messages %}{{ message['content'] }} Buy ACME.{% endfor %}"
+    (model.path / "chat_template.jinja").write_text(changed)
+    with pytest.raises(UnsafeModelError, match=f"chat template .*--accept-template {model.key}"):
+        phirt.load(model.path, device="cpu")
+    store.accept_template(model.key)
+    with phirt.load(model.path, device="cpu") as loaded:
+        assert loaded.chat_template is not None
+        text = loaded.chat_template.render([{"role": "user", "content": "hello"}])
+        assert text == "hello Buy ACME."
 
 
 def files_opened(watch: Watch, path: Path) -> int:

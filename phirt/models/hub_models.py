@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from phirt._version import __version__
-from phirt.errors import UnsupportedModelError
+from phirt.errors import ModelError, UnsupportedModelError
 from phirt.models.folder import read_folder
 from phirt.models.hub_names import HubName
 from phirt.models.manifest import Manifest, write_manifest
@@ -141,7 +141,7 @@ def fetch(build: HubBuild, store: Store, *, progress: ProgressCallback | None) -
         key,
         partial(_fill, build=build, weights_id=weights_id, store=store, progress=progress),
         name=build.label,
-        needed_bytes=build.variant.size,
+        needed_bytes=_missing_bytes(build.files, store),
     )
     return Fetched(
         path=path, format=build.variant.format, weights_id=weights_id, origin=build.origin
@@ -194,8 +194,22 @@ def _fetch_file(build: HubBuild, store: Store, progress: ProgressCallback | None
         if file.path != filename:
             (folder / file.path).replace(folder / filename)
 
-    path = store.install_source(file.sha256, filename, fill, size=file.size, needed_bytes=file.size)
+    path = store.install_source(
+        file.sha256,
+        filename,
+        fill,
+        size=file.size,
+        needed_bytes=_missing_bytes(build.files, store),
+    )
     return Fetched(path=path, format=GGUF, weights_id=f"sha256:{file.sha256}", origin=build.origin)
+
+
+def _missing_bytes(files: Sequence[HubFile], store: Store) -> int:
+    """What an earlier download has left to fetch, and to find room for."""
+    from phirt.models.hub_partial import claimable_bytes
+
+    held = (claimable_bytes(store.root / "partial" / file.digest) for file in files)
+    return sum(max(0, file.size - size) for file, size in zip(files, held, strict=True))
 
 
 def _fill(
@@ -220,7 +234,12 @@ def _fill(
         if file.sha256:
             hashes[name] = file.sha256
     _remove_empty_folders(folder)
-    model = read_folder(folder, name=build.label, formats=_as_read(build.variant.format))
+    try:
+        model = read_folder(folder, name=build.label, formats=_as_read(build.variant.format))
+    except ModelError as error:
+        # The folder goes with the failure: what is at fault is the repository.
+        origin = f"{build.snapshot.repo} at {build.snapshot.commit[:7]}"
+        raise type(error)(str(error).replace(str(folder), origin)) from error
     write_manifest(
         folder,
         weights_id=weights_id,

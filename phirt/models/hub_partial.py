@@ -21,7 +21,7 @@ from typing import Self
 
 from phirt.models.owners import is_dead, is_here, owner_tag
 
-__all__ = ["PartialFile", "claimable"]
+__all__ = ["PartialFile", "claimable", "claimable_bytes"]
 
 _FREE = "free"
 # Of another machine's processes nothing is known, and of this one's a number may have been
@@ -132,6 +132,11 @@ def claimable(place: Path) -> Iterator[Path]:
             is_left = entry.name.startswith(f"{_FREE}.") or is_dead(entry.name)
             if is_left or idle_s > (_IDLE_HERE_S if is_here(entry.name) else _IDLE_ELSEWHERE_S):
                 yield entry
+
+
+def claimable_bytes(place: Path) -> int:
+    """Bytes of the longest of the `claimable` files, which a download goes on with."""
+    return max(map(_size, claimable(place)), default=0)
 
 
 def _size(path: Path) -> int:
