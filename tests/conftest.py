@@ -13,6 +13,9 @@ import phirt
 from phirt.models.catalog import DEFAULT_MODEL, get_entry
 from phirt.models.store import Store
 
+# Read once, when onnxruntime is imported, which some tests do before phirt does.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
 
 @pytest.fixture(scope="session")
 def model_home(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -5,7 +5,6 @@ What every backend must do is in tests/conformance; here is what only this one c
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -39,10 +38,9 @@ from phirt.types import FloatArray
 from tests.build.decoders import DECODERS, numpy_logits, random_decoder
 from tests.build.onnx.checkpoints import MemoryCheckpoint
 from tests.build.test_huggingface_config import write_folder
+from tests.installed import require
 
-pytest.importorskip("mlx.core")
-if importlib.util.find_spec("mlx_lm") is None:  # importing it has effects on the process
-    pytest.skip("mlx-lm is not installed", allow_module_level=True)
+require("mlx", "mlx_lm")
 
 BOUNDARY = 32  # of the tiny phi3's LongRoPE; its context is 128
 TOLERANCE = 1e-3

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 import threading
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,9 @@ from phirt.protocols import Accept, KVCache, LoadOptions, Reject
 from phirt.testing import write_tiny_checkpoint
 from phirt.types import Artifact, FloatArray
 from tests.build.onnx.oracle import pretrained, transformers_logits
+from tests.installed import require
 
-if not find_spec("openvino"):  # Not importorskip, whose import would report itself.
-    pytest.skip("openvino is not installed", allow_module_level=True)
+require("openvino")
 
 ARCHITECTURES = ("mistral", "qwen2", "qwen3", "phi3", "gemma3_text")  # and llama, below
 TOLERANCE = 1e-3

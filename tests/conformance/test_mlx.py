@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
-
 from phirt.backends.mlx import MlxBackend
 from phirt.testing import BackendConformance
+from tests.installed import require
 
-pytest.importorskip("mlx.core")
+require("mlx", "mlx_lm")
 
 
 class TestMlx(BackendConformance):

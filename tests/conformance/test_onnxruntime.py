@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-import pytest
-
 from phirt.backends.onnxruntime import OnnxRuntimeBackend
 from phirt.build.convert import convert
 from phirt.protocols import Lack
 from phirt.testing import BackendConformance
+from tests.installed import require
 
-pytest.importorskip("onnxruntime")
+require("onnxruntime", "onnx")
 
 
 class TestOnnxRuntime(BackendConformance):

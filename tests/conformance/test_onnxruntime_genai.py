@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-import pytest
-
 from phirt.backends.onnxruntime_genai import OnnxRuntimeGenaiBackend
 from phirt.build.convert import convert
 from phirt.protocols import Lack
 from phirt.testing import BackendConformance
+from tests.installed import require
 
-pytest.importorskip("onnxruntime_genai")
+require("onnxruntime_genai", "onnx")
 
 
 class TestOnnxRuntimeGenai(BackendConformance):

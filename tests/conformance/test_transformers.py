@@ -7,6 +7,9 @@ import pytest
 from phirt.backends.transformers import TransformersBackend
 from phirt.protocols import LoadOptions
 from phirt.testing import BackendConformance
+from tests.installed import require
+
+require("torch", "transformers")
 
 pytestmark = pytest.mark.oracle
 
