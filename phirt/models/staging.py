@@ -20,6 +20,7 @@ from typing import TypeAlias
 
 from filelock import FileLock, Timeout
 
+from phirt.errors import ModelNotFoundError
 from phirt.models.kill_points import kill_point
 from phirt.models.owners import is_dead, owner_tag
 
@@ -50,6 +51,7 @@ def stage(target: Path, fill: Fill, *, find: Find, root: Path) -> Path:
         What ``find`` returned.
 
     Raises:
+        ModelNotFoundError: Somebody removed it again.
         OSError: The file system refused something.
         RuntimeError: What ``fill`` wrote is not what ``find`` calls finished.
     """
@@ -72,7 +74,10 @@ def stage(target: Path, fill: Fill, *, find: Find, root: Path) -> Path:
             kill_point("published")
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        found = find()
+        # Twice, as without locks one may remove it and another install it during the first look.
+        found = find() or find()
+        if found is None and not target.exists():
+            raise ModelNotFoundError(f"{target} was removed as soon as it was installed.")
         if found is None:
             raise RuntimeError(f"{target} was written, but is not complete")
         return found
@@ -160,7 +165,8 @@ def _publish(content: Path, target: Path, *, find: Find, aside: Path) -> None:
                 raise
             if target.exists():  # damaged: its owner's copy is replaced by this one
                 kill_point("replace")
-                target.rename(aside / f"damaged-{attempt}")
+                with suppress(FileNotFoundError):  # somebody else has replaced it just now
+                    target.rename(aside / f"damaged-{attempt}")
             else:  # Windows: a virus scanner holds a new file open for a moment
                 time.sleep(0.05 * 2**attempt)
         else:
