@@ -217,6 +217,12 @@ def test_s6_a_file_that_changed_between_two_tries_is_begun_anew(hub, pull, monke
     assert content_of(pull()) == FILES
 
 
+def test_s6_a_piece_that_arrived_damaged_is_begun_anew(hub, pull):
+    hub.misbehave("truncate", on=DATA, after=TWO_THIRDS, times=1)
+    hub.misbehave("flip", on=DATA, after=5, times=1)
+    assert content_of(pull()) == FILES
+
+
 @pytest.mark.parametrize("other", [WEIGHTS + b"more", WEIGHTS[:100]], ids=["longer", "shorter"])
 def test_s6_a_file_of_another_length_meanwhile_is_begun_anew(hub, pull, other):
     hub.misbehave("truncate", on=DATA, after=TWO_THIRDS, times=1)

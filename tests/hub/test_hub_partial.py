@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import pytest
 
@@ -21,6 +20,13 @@ DATA = "onnx/model.onnx.data"
 @pytest.fixture
 def place(tmp_path):
     return tmp_path / "partial" / "0000"
+
+
+@pytest.fixture
+def place_of(store, snapshot, monkeypatch):
+    """Where the store keeps what is fetched of a file; progress is told of every piece."""
+    monkeypatch.setattr(hub_download, "_REPORT_EVERY_S", 0.0)
+    return lambda path: store.root / "partial" / files_of(snapshot, [path])[0].digest
 
 
 @pytest.fixture
@@ -135,24 +141,23 @@ def test_s8_downloads_of_one_file_at_once_do_not_meet(hub, pull):
 
 
 @pytest.mark.parametrize("kind", ["removed", "taken over"])
-def test_a_partial_file_that_goes_away_is_begun_anew(
-    pull, store, snapshot, monkeypatch, kind
-):
-    place = store.root / "partial" / files_of(snapshot, [DATA])[0].digest
-    done: list[Path] = []
+def test_a_partial_file_that_goes_away_is_begun_anew_and_not_written(pull, place_of, kind):
+    place = place_of(DATA)
+    taken = place / "elsewhere.1.x"
+    sizes: list[int] = []
 
     def meanwhile(progress):
-        if progress.completed > len(WEIGHTS) // 2 and not done:
+        if progress.completed > len(WEIGHTS) // 2 and not sizes:
             file = next(place.iterdir())
-            done.append(file)
+            file.rename(taken)
+            sizes.append(taken.stat().st_size)
             if kind == "removed":
-                file.unlink()
-            else:
-                file.rename(place / "elsewhere.1.x")
+                taken.unlink()
 
-    monkeypatch.setattr(hub_download, "_REPORT_EVERY_S", 0.0)
     assert content_of(pull(progress=meanwhile)) == FILES
-    assert done
+    assert sizes
+    if kind == "taken over":
+        assert taken.stat().st_size == sizes[0]
 
 
 def test_one_that_goes_away_after_all_is_fetched_is_fetched_again(hub, pull, store):
