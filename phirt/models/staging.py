@@ -70,17 +70,24 @@ def stage(target: Path, fill: Fill, *, find: Find, root: Path) -> Path:
             fill(content)
             kill_point("sync")
             _sync_tree(content)
+            made = content.stat()
             _publish(content, target, find=find, aside=work)
             kill_point("published")
         finally:
             shutil.rmtree(work, ignore_errors=True)
-        # Twice, as without locks one may remove it and another install it during the first look.
-        found = find() or find()
-        if found is None and not target.exists():
-            raise ModelNotFoundError(f"{target} was removed as soon as it was installed.")
+        found = find()
         if found is None:
+            if not _is_at(target, made):
+                raise ModelNotFoundError(f"{target} was removed as soon as it was installed.")
             raise RuntimeError(f"{target} was written, but is not complete")
         return found
+
+
+def _is_at(target: Path, made: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(target.stat(), made)
+    except FileNotFoundError:
+        return False
 
 
 def discard(target: Path, root: Path) -> int:
