@@ -31,6 +31,8 @@ class Wanted:
         device: Kind of the device that it will run on.
         offline: Never touch the network.
         repair: Replace what was damaged in the store, rather than refuse it.
+        settle: Where the store holds the model in a form for another backend, refuse rather
+            than fetch one for this backend: the other one is about to be asked.
         progress: Called as a download or a conversion advances.
 
     Raises:
@@ -42,6 +44,7 @@ class Wanted:
     device: str = "cpu"
     offline: bool = False
     repair: bool = False
+    settle: bool = False
     progress: ProgressCallback | None = None
 
     def __post_init__(self) -> None:

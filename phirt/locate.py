@@ -39,6 +39,7 @@ def locate(
     progress: ProgressCallback | None,
     device: str = "cpu",
     announce: Announce | None = None,
+    settle: bool = False,
 ) -> ModelFolder:
     """Find a model in a layout that a backend reads; fetch and convert it first if need be.
 
@@ -52,6 +53,8 @@ def locate(
         progress: Called as a download or a conversion advances.
         device: Kind of the device that it will run on, which a graph may be exported for.
         announce: Told what is about to be downloaded, before it is.
+        settle: Where the store holds the model in a form for another backend, raise
+            `UnsupportedModelError` rather than fetch one for this one.
 
     Raises:
         ModelNotFoundError: There is no such model.
@@ -66,6 +69,7 @@ def locate(
         precision=precision,
         device=device,
         offline=offline,
+        settle=settle,
         progress=progress,
     )
     name = DEFAULT_MODEL if model is None else model

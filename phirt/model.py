@@ -101,6 +101,8 @@ def load(
             # "auto" takes a backend's CPU.
             device="cpu" if candidates.device.kind == "auto" else candidates.device.kind,
             announce=announce,
+            # What is in the store for a backend further down is not fetched once more.
+            settle=backend == "auto" and precision == "auto",
         )
         # Loading begins here: a download or a conversion happens once, and is not part of it.
         started = time.perf_counter()

@@ -8,15 +8,16 @@ already is used without asking anybody.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from phirt.conversion import Wanted, convert_checkpoint, find_converted
 from phirt.errors import ModelError, UnsupportedModelError
 from phirt.models.catalog import CatalogEntry, HubSource, PypiSource, Source
 from phirt.models.folder import ModelFolder, read_folder
-from phirt.models.hub_models import HubBuild, fetch, find_fetched, plan_build
+from phirt.models.hub_models import HubBuild, fetch, find_fetched, find_source_of, plan_build
 from phirt.models.hub_names import HubName
 from phirt.models.store import Store
 from phirt.models.variants import GGUF, device_rank, megabytes
@@ -128,13 +129,16 @@ def obtain(options: Sequence[Option], wanted: Wanted, *, announce: Announce | No
     Raises:
         ModelNotFoundError: It cannot be fetched, or must not be.
         ModelError: What is in the store was changed, or what was fetched is no model.
-        UnsupportedModelError: None of the options has a form that fits.
+        UnsupportedModelError: None of the options has a form that fits, or the store holds
+            one for another backend.
         StoreError: The store cannot be written.
     """
     for option in options:
         folder = _from_store(option, wanted)
         if folder is not None:
             return folder
+    if wanted.settle:
+        _refuse_if_held(options[0].label, wanted)
     failure: UnsupportedModelError | None = None
     for option in options:
         try:
@@ -143,6 +147,25 @@ def obtain(options: Sequence[Option], wanted: Wanted, *, announce: Announce | No
             failure = failure or error
     assert failure is not None  # noqa: S101  # there is an option, and it returned or failed
     raise failure
+
+
+def _refuse_if_held(label: str, wanted: Wanted) -> None:
+    held = sorted(
+        {
+            str(model.format)
+            for model in Store().installed()
+            if model.name == label
+            and model.format not in (None, *wanted.formats)
+            and _is_current(model)
+            and device_rank(wanted.device, _devices_of(model)) is not None
+        }
+    )
+    if held:
+        reads = " or ".join(wanted.formats)
+        raise UnsupportedModelError(
+            f"{label} is in the store as {' and '.join(held)}, which is not {reads}. To fetch it "
+            "in another form as well, name the backend that is to run it."
+        )
 
 
 def _rank(
@@ -174,14 +197,31 @@ def _place(source: Source) -> PypiSource | HubName:
 def _from_store(option: Option, wanted: Wanted) -> ModelFolder | None:
     """The model as it is in the store, converted if that is all it takes."""
     place = option.place
+    if isinstance(place, HubName):
+        return _hub_model_from_store(place, option, wanted)
+    source_id = f"sha256:{place.sha256}"
+    source = Store().find_source(place.sha256, place.filename, size=place.size)
+    if source is not None:
+        return convert_checkpoint(source, name=option.label, source_id=source_id, wanted=wanted)
+    try:
+        return find_converted(option.label, source_id, wanted)
+    except ModelError:
+        if wanted.repair:
+            return None
+        raise
+
+
+def _hub_model_from_store(name: HubName, option: Option, wanted: Wanted) -> ModelFolder | None:
     store = Store()
-    if isinstance(place, PypiSource):
-        source_id = f"sha256:{place.sha256}"
-        source = store.find_source(place.sha256, place.filename, size=place.size)
-        if source is not None:
-            return convert_checkpoint(source, name=option.label, source_id=source_id, wanted=wanted)
-        return None if wanted.repair else find_converted(option.label, source_id, wanted)
-    for model in _usable(find_fetched(place, store, device=wanted.device), option, wanted):
+    models = list(find_fetched(name, store, device=wanted.device))
+    usable = _usable(models, option, wanted)
+    if not usable or _is_guess(usable[0], wanted):
+        # The file that other artifacts were made of may still be here.
+        for model in models:
+            source = find_source_of(model, store)
+            if source is not None and wanted.layout is not None:
+                return _convert(source, model, option.label, wanted)
+    for model in usable:
         try:
             path = store.find(model.key)
         except ModelError:
@@ -190,41 +230,67 @@ def _from_store(option: Option, wanted: Wanted) -> ModelFolder | None:
             raise
         if path is None:
             continue
-        if _is_readable(model, wanted):
+        if _is_converted(model) or (wanted.precision == "auto" and model.format in wanted.formats):
             return read_folder(path, name=option.label, formats=wanted.formats)
-        manifest = model.manifest
-        return convert_checkpoint(
-            path,
-            name=option.label,
-            source_id=manifest.weights_id,
-            wanted=wanted,
-            origin={key: str(value) for key, value in manifest.source.items()},
-        )
+        return _convert(path, model, option.label, wanted)
     return None
 
 
+def _convert(source: Path, model: InstalledModel, label: str, wanted: Wanted) -> ModelFolder:
+    """Convert a checkpoint in the store; what is recorded of a model says where it came from."""
+    origin = {key: str(value) for key, value in model.manifest.source.items()}
+    source_id = origin.pop("id", model.manifest.weights_id)
+    return convert_checkpoint(source, name=label, source_id=source_id, wanted=wanted, origin=origin)
+
+
 def _usable(
-    models: Iterator[InstalledModel], option: Option, wanted: Wanted
+    models: Sequence[InstalledModel], option: Option, wanted: Wanted
 ) -> list[InstalledModel]:
     """Those of some installed models that serve, the best first."""
-    fitting: list[tuple[int, InstalledModel]] = []
-    for model in models:
-        if _is_readable(model, wanted):
-            fitting.append((wanted.formats.index(model.format or ""), model))
-        elif model.format in _CHECKPOINTS and model.format in option.formats:
-            fitting.append((len(wanted.formats), model))
+    fitting = [
+        (preference, model)
+        for model in models
+        if (preference := _preference(model, option, wanted)) is not None
+    ]
     return [model for _, model in sorted(fitting, key=lambda entry: entry[0])]
 
 
-def _is_readable(model: InstalledModel, wanted: Wanted) -> bool:
-    """Whether the backend reads it as it is, in the precision that is wanted."""
+def _preference(model: InstalledModel, option: Option, wanted: Wanted) -> int | None:
+    """Place of an installed model among those that serve; None where it does not."""
+    last = len(wanted.formats)
+    if not _is_converted(model):
+        # A build has the precision that it was published with.
+        if model.format in wanted.formats and wanted.precision == "auto":
+            return wanted.formats.index(model.format)
+        is_checkpoint = model.format in _CHECKPOINTS and model.format in option.formats
+        return last + 1 if is_checkpoint else None
+    if model.format not in wanted.formats or not _is_current(model):
+        return None
+    if wanted.precision != "auto":
+        return last if wanted.precision == model.precision else None
+    # What "auto" makes, by the checkpoint: int8, or fp32 where that cannot be. Whoever asked
+    # for fp32 once is not answered with it where the checkpoint is there to tell.
+    return {"int8": last, "fp32": last + 2}.get(model.precision)
+
+
+def _is_guess(model: InstalledModel, wanted: Wanted) -> bool:
+    """Whether only the checkpoint can tell if this is what ``"auto"`` makes of it."""
+    return _is_converted(model) and wanted.precision == "auto" and model.precision == "fp32"
+
+
+def _is_converted(model: InstalledModel) -> bool:
+    return "converter" in model.manifest.versions
+
+
+def _is_current(model: InstalledModel) -> bool:
+    """Whether it was fetched as it is, or made by the converter that is here now."""
     from phirt.build.convert import CONVERTER_VERSION
 
-    converter = model.manifest.versions.get("converter")
-    if model.format not in wanted.formats or converter not in (None, str(CONVERTER_VERSION)):
-        return False
-    # What was converted at somebody's wish to a precision serves that wish only.
-    return wanted.precision in (("auto",) if converter is None else (model.precision, "auto"))
+    return model.manifest.versions.get("converter") in (None, str(CONVERTER_VERSION))
+
+
+def _devices_of(model: InstalledModel) -> frozenset[str]:
+    return frozenset(str(model.manifest.source.get("devices", "")).split())
 
 
 def _fetched(option: Option, wanted: Wanted, announce: Announce | None) -> ModelFolder:

@@ -146,6 +146,13 @@ class TestHub:
         assert models["openvino"].source == NAME
         assert models["openvino"].revision == hub.repos[NAME].revisions["main"]
 
+    def test_a_precision_that_was_asked_for_once_is_not_what_auto_means(self, hub):
+        name = f"{NAME}:gguf"
+        assert find(name, *ONNX, precision="int4").artifact.precision == "int4"
+        assert find(name, *ONNX, precision="fp32").artifact.precision == "fp32"
+        assert find(name, "openvino", *ONNX).artifact.precision == "int8"
+        assert find(name, *ONNX, precision="int4", offline=True).artifact.precision == "int4"
+
     def test_a_name_is_pinned_to_its_commit(self, hub, files):
         first = find(NAME, *ONNX).artifact
         commit = hub.repos[NAME].revisions["main"]
@@ -206,6 +213,30 @@ class TestOffline:
         with pytest.raises(phirt.ModelNotFoundError, match="offline mode forbids"):
             find(NAME, *ONNX, offline=by == "argument")
         assert hub.requests == []
+
+
+class TestSettle:
+    """With backend="auto", what is in the store for one backend is used through that one."""
+
+    @pytest.fixture
+    def openvino_only(self, hub, files):
+        graph = {"config.json": files["config.json"], "tokenizer.json": files["tokenizer.json"]}
+        graph |= {"openvino_model.xml": b"<net/>", "openvino_model.bin": b"weights"}
+        build = {name: data for name, data in files.items() if name.startswith("cpu/")}
+        hub.add_repo("org/both", build | {f"ov/{name}": data for name, data in graph.items()})
+        find("org/both", "openvino")
+        return len(hub.requests)
+
+    def test_the_first_backend_refuses_rather_than_fetch_another_form(self, hub, openvino_only):
+        with pytest.raises(phirt.UnsupportedModelError, match="is in the store as openvino"):
+            locate(
+                "org/both", formats=ONNX, precision="auto", offline=True, progress=None, settle=True
+            )
+        assert len(hub.requests) == openvino_only
+
+    def test_a_named_backend_fetches_its_own(self, hub, openvino_only):
+        assert find("org/both", *ONNX).artifact.format == "onnx-genai"
+        assert len(hub.requests) > openvino_only
 
 
 class TestPull:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from phirt.cli.arguments import UsageError
 from phirt.cli.progress import ProgressBars
 from phirt.cli.selection import keys_of, print_json
 from phirt.models.integrity import Fault
 from phirt.models.store import Store
+from phirt.types import Progress, ProgressCallback
 
 __all__ = ["verify"]
 
@@ -32,10 +34,11 @@ def verify(arguments: argparse.Namespace) -> int:
             store.accept_template(key)
     faults: list[Fault] = []
     with ProgressBars() as bars:
+        report = _Whole(bars, _bytes_of(store, keys))
         if keys is None:
-            faults += store.verify(progress=bars)
+            faults += store.verify(progress=report)
         for key in keys or ():
-            faults += store.verify(key, progress=bars)
+            faults += store.verify(key, progress=report)
     checked = len(store.installed()) if keys is None else len(keys)
     if arguments.json:
         found = [{"key": f.key, "path": str(f.path), "problem": f.problem} for f in faults]
@@ -45,6 +48,27 @@ def verify(arguments: argparse.Namespace) -> int:
             print(fault)
         print(f"{checked} {'model' if checked == 1 else 'models'} checked: {_verdict(faults)}")
     return 1 if faults else 0
+
+
+class _Whole:
+    """Reports all files as one, where each is reported by itself."""
+
+    def __init__(self, report: ProgressCallback, total: int) -> None:
+        self._report = report
+        self._total = total
+        self._before = 0
+
+    def __call__(self, progress: Progress) -> None:
+        completed = min(self._before + progress.completed, self._total)
+        self._report(replace(progress, completed=completed, total=self._total))
+        if progress.completed == progress.total:
+            self._before += progress.completed
+
+
+def _bytes_of(store: Store, keys: list[str] | None) -> int:
+    models = [model.bytes for model in store.installed() if keys is None or model.key in keys]
+    fetched = (store.root / "sources").rglob("*") if keys is None else ()
+    return sum(models) + sum(path.stat().st_size for path in fetched if path.is_file())
 
 
 def _verdict(faults: list[Fault]) -> str:

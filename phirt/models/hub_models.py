@@ -28,7 +28,16 @@ if TYPE_CHECKING:
     from phirt.models.hub import HubFile, HubSnapshot
     from phirt.models.inventory import InstalledModel
 
-__all__ = ["Fetched", "HubBuild", "fetch", "find_fetched", "plan_build", "slug", "with_origin"]
+__all__ = [
+    "Fetched",
+    "HubBuild",
+    "fetch",
+    "find_fetched",
+    "find_source_of",
+    "plan_build",
+    "slug",
+    "with_origin",
+]
 
 _DEFAULT_REVISION = "main"
 
@@ -62,6 +71,7 @@ class HubBuild:
             "path": self.files[0].path if self.variant.format == GGUF else self.variant.folder,
             "devices": " ".join(sorted(self.variant.devices)),
             "license": self.snapshot.license or "",
+            "bytes": str(self.variant.size),
         }
 
 
@@ -161,6 +171,20 @@ def find_fetched(name: HubName, store: Store, *, device: str) -> Iterator[Instal
         devices = frozenset(str(source.get("devices", "")).split())
         if _is_of(name, source) and device_rank(device, devices) is not None:
             yield model
+
+
+def find_source_of(model: InstalledModel, store: Store) -> Path | None:
+    """The GGUF file of a hub that an artifact was converted from, if it is still there."""
+    source = {key: str(value) for key, value in model.manifest.source.items()}
+    sha256, filename = source.get("id", "").removeprefix("sha256:"), source.get("path", "")
+    if not filename.endswith(".gguf") or not source.get("bytes", "").isdecimal():
+        return None
+    try:
+        return store.find_source(
+            sha256, PurePosixPath(filename).name, size=int(source["bytes"][:20])
+        )
+    except ValueError:  # a manifest that somebody else wrote
+        return None
 
 
 def slug(name: str) -> str:

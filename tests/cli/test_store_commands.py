@@ -19,6 +19,7 @@ from phirt.cli.announce import Announcer, DeclinedError
 from phirt.cli.arguments import parse
 from phirt.cli.progress import ProgressBars
 from phirt.models.store import Store
+from phirt.types import Progress
 from tests.cli.conftest import Outcome
 from tests.hub.fake_hub import FakeHub
 
@@ -281,6 +282,14 @@ class TestVerify:
         assert run("verify").out == "1 model checked: all as installed.\n"
         assert run("verify", NAME).status == 0
         assert json.loads(run("verify", "--json").out) == {"checked": 1, "faults": []}
+
+    def test_progress_is_that_of_all_files_together(self, pulled, run, monkeypatch):
+        seen: list[Progress] = []
+        monkeypatch.setattr(ProgressBars, "__call__", lambda self, progress: seen.append(progress))
+        run("verify", NAME)
+        done = [progress.completed for progress in seen]
+        assert done == sorted(done)
+        assert seen[-1].completed == seen[-1].total == Store().installed()[0].bytes
 
     def test_a_fault_is_named_and_the_status_is_1(self, pulled, run):
         file = damage(pulled)
