@@ -17,6 +17,7 @@ from typing import Literal
 
 import numpy as np
 
+from phirt.backends.at_exit import is_exiting
 from phirt.backends.distributions import check_single_owner
 from phirt.backends.execution import Execution
 from phirt.backends.process import ProcessGuard
@@ -132,7 +133,8 @@ class BaseModel(abc.ABC):
         self.capabilities = capabilities
         self.execution = execution
         self.guard = ProcessGuard(native)
-        self._lock = threading.Lock()
+        # Reentrant: a garbage collection while it is held may close a session of this model.
+        self._lock = threading.RLock()
         self._open_sessions: weakref.WeakSet[BaseSession] = weakref.WeakSet()
         self._closed = False
         self._unloaded = False
@@ -145,16 +147,22 @@ class BaseModel(abc.ABC):
     def new_session(self, *, max_length: int, expected_length: int) -> Session:
         """Start a sequence with room for ``expected_length`` tokens."""
         self._check_open()
-        return self.execution.run(
-            lambda: self._new_session(max_length=max_length, expected_length=expected_length)
-        )
+
+        def open_session() -> BaseSession:
+            self._check_open()  # again: another thread may have closed the model meanwhile
+            return self._new_session(max_length=max_length, expected_length=expected_length)
+
+        return self.execution.run(open_session)
 
     def new_pool(self, *, slots: int, capacity: int, expected_length: int) -> KVPool:
         """Make a pool of ``slots`` rows."""
         self._check_open()
-        return self.execution.run(
-            lambda: self._new_pool(slots=slots, capacity=capacity, expected_length=expected_length)
-        )
+
+        def open_pool() -> KVPool:
+            self._check_open()  # as above
+            return self._new_pool(slots=slots, capacity=capacity, expected_length=expected_length)
+
+        return self.execution.run(open_pool)
 
     @abc.abstractmethod
     def placement(self) -> Placement:
@@ -162,9 +170,10 @@ class BaseModel(abc.ABC):
 
     def close(self) -> None:
         """Free the weights once the last session has ended. Calling it again does nothing."""
-        with self._lock:
-            self._closed = True
-        self._unload_if_done()
+        self._closed = True
+        # In a forked child, a lock may be held by a thread that is not there.
+        if self.guard.is_of_this_process:
+            self._unload_if_done()
 
     def session_opened(self, session: BaseSession) -> None:
         """A session begins to need the weights; from now on they stay."""
@@ -182,12 +191,13 @@ class BaseModel(abc.ABC):
 
     def _unload_if_done(self) -> None:
         with self._lock:
-            if self._unloaded or self._open_sessions:
+            # In this order: looking at the sessions may collect garbage, and end up here.
+            if self._open_sessions or self._unloaded:
                 return
             self._unloaded = True
-        if self.guard.is_of_this_process:
+        if not is_exiting():
             self.execution.run(self._unload)
-            self.execution.close()
+        self.execution.close()
 
     def _check_open(self) -> None:
         if self._closed:
@@ -227,6 +237,8 @@ class BaseSession(abc.ABC):
         self._regime = model.info.regime(max_length)
         self._length = 0
         self._state: Literal["open", "failed", "interrupted", "closed"] = "open"
+        # An interruption from another thread must not meet a session that is being closed.
+        self._state_lock = threading.RLock()
         model.session_opened(self)
 
     @property
@@ -264,7 +276,11 @@ class BaseSession(abc.ABC):
                 f"Cannot truncate to {length} tokens: the session holds {self._length} "
                 f"and can go back to {self.floor}."
             )
-        self._execution.run(self._truncate, length)
+        try:
+            self._execution.run(self._truncate, length)
+        except BaseException:
+            self._state = "failed"
+            raise
         self._length = length
 
     def export_kv(self) -> KVCache:
@@ -277,6 +293,8 @@ class BaseSession(abc.ABC):
         """Take over a cache; the session must be empty."""
         self._check_open()
         self._check_cache(cache)
+        if cache.length == 0:
+            return
         try:
             self._execution.run(self._import_kv, cache)
         except ValueError:
@@ -288,17 +306,28 @@ class BaseSession(abc.ABC):
 
     def interrupt(self) -> None:
         """End the call that is running, if any. Callable from any thread."""
-        if self._state == "open":
-            self._state = "interrupted"
-            self._interrupt()
+        if not self._base_model.guard.is_of_this_process:
+            return
+        with self._state_lock:
+            if self._state == "open":
+                self._state = "interrupted"
+                self._interrupt()
 
     def close(self) -> None:
         """Free the cache. Calling it again does nothing."""
-        if self._state != "closed":
+        model = self._base_model
+        if not model.guard.is_of_this_process:
+            # Nothing of the parent's may be touched, and its locks may be held for ever.
             self._state = "closed"
-            model = self._base_model
-            if model.guard.is_of_this_process:
+            return
+        with self._state_lock:
+            if self._state == "closed":
+                return
+            self._state = "closed"
+        try:
+            if not is_exiting():
                 self._execution.run(self._free)
+        finally:
             model.session_closed(self)
 
     def _run(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
@@ -318,6 +347,9 @@ class BaseSession(abc.ABC):
                 f"A session made for more than {self._info.rope_boundary} tokens uses the long "
                 f"rotary factors, so its first call must append more than that, not {count}."
             )
+        vocab = self._info.vocab_size
+        if not all(0 <= token < vocab for token in token_ids):
+            raise ValueError(f"Token ids must be from 0 to {vocab - 1:,}.")
         try:
             logits = self._execution.run(self._append_tokens, token_ids, every_position)
         except BaseException as error:

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import queue
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Literal, Protocol, TypeVar
 
+from phirt.backends.at_exit import end_daemon, in_runtime, is_exiting
 from phirt.errors import SessionClosedError
 
 __all__ = ["Execution", "InTurn", "OneThread", "Parallel"]
@@ -40,7 +42,7 @@ class Parallel:
 
     def run(self, call: Callable[..., _T], *args: Any) -> _T:
         """Run the call."""
-        return call(*args)
+        return in_runtime(call, *args)
 
     def close(self) -> None:
         """Nothing to do."""
@@ -58,7 +60,7 @@ class InTurn:
     def run(self, call: Callable[..., _T], *args: Any) -> _T:
         """Run the call once no other is running."""
         with self._lock:
-            return call(*args)
+            return in_runtime(call, *args)
 
     def close(self) -> None:
         """Nothing to do."""
@@ -67,21 +69,29 @@ class InTurn:
 class OneThread:
     """Every call runs on one thread of the model's own.
 
+    The thread ends when this is closed or collected; at the interpreter's exit it stays where it
+    is, since no thread can be ended safely then.
+
     Args:
         name: What the thread is called.
+        at_end: Called on the thread as it ends.
     """
 
     concurrency: Literal["owner"] = "owner"
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, *, at_end: Callable[[], object] = lambda: None) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[..., Any], Any] | None] = (
             queue.SimpleQueue()
         )
-        self._lock = threading.Lock()
+        # Reentrant: a garbage collection while it is held may free a session of this model.
+        self._lock = threading.RLock()
         self._closed = False
         # A daemon: a model that nobody closed must not keep the process alive.
-        self._thread = threading.Thread(target=_serve, args=(self._calls,), name=name, daemon=True)
+        self._thread = threading.Thread(
+            target=_serve, args=(self._calls, at_end), name=name, daemon=True
+        )
         self._thread.start()
+        weakref.finalize(self, self._calls.put, None).atexit = False
 
     def run(self, call: Callable[..., _T], *args: Any) -> _T:
         """Run the call on the thread, and wait for it.
@@ -90,7 +100,7 @@ class OneThread:
         call has ended: what it works on is not the caller's to touch before.
 
         Raises:
-            SessionClosedError: `close` was called before.
+            SessionClosedError: `close` was called before, or the interpreter is exiting.
         """
         if threading.current_thread() is self._thread:
             return call(*args)
@@ -98,6 +108,9 @@ class OneThread:
         with self._lock:
             if self._closed:
                 raise SessionClosedError("The model is closed; load it again.")
+            if is_exiting():
+                end_daemon()
+                raise SessionClosedError("Python is exiting, and with it the model's thread.")
             self._calls.put((future, call, args))
         return _wait(future)
 
@@ -107,20 +120,23 @@ class OneThread:
             if self._closed:
                 return
             self._closed = True
+            if is_exiting():
+                return
             self._calls.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
 
-def _serve(calls: queue.SimpleQueue[Any]) -> None:
+def _serve(calls: queue.SimpleQueue[Any], at_end: Callable[[], object]) -> None:
     while (item := calls.get()) is not None:
         future, call, args = item
         try:
-            future.set_result(call(*args))
+            future.set_result(in_runtime(call, *args))
         except BaseException as error:
             future.set_exception(error)  # It belongs to the caller's thread.
         # Not kept until the next call: what it refers to may be large.
         del item, future, call, args
+    in_runtime(at_end)
 
 
 def _wait(future: Future[_T]) -> _T:

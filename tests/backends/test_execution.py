@@ -1,6 +1,11 @@
 """Calls run where and when a runtime needs them, whichever thread makes them."""
 
+import gc
+import subprocess
+import sys
+import textwrap
 import threading
+import time
 
 import pytest
 
@@ -90,6 +95,142 @@ def test_after_close_there_is_nothing_to_run_on():
     with pytest.raises(SessionClosedError):
         execution.run(int)
     assert "phirt-test" not in [thread.name for thread in threading.enumerate()]
+
+
+def test_the_thread_says_goodbye_as_it_ends():
+    seen = []
+    execution = OneThread("phirt-test", at_end=lambda: seen.append(threading.current_thread().name))
+    execution.run(int)
+    execution.close()
+    assert seen == ["phirt-test"]
+
+
+def test_a_thread_that_nobody_closed_ends_when_its_owner_is_collected():
+    ended = threading.Event()
+    execution = OneThread("phirt-test", at_end=ended.set)
+    execution.run(int)
+    del execution
+    gc.collect()
+    assert ended.wait(timeout=30)
+
+
+def test_a_garbage_collection_inside_may_make_a_call(one_thread):
+    """As the destructor of a stream does, which frees its session."""
+
+    class Queue:
+        def __init__(self, calls):
+            self.calls = calls
+            self.collected = False
+
+        def put(self, item):
+            if not self.collected:
+                self.collected = True
+                assert one_thread.run(lambda: 5) == 5
+            self.calls.put(item)
+
+    one_thread._calls = Queue(one_thread._calls)
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(one_thread.run(lambda: 6)), daemon=True)
+    thread.start()
+    thread.join(timeout=10)
+    assert answers == [6]
+
+
+class TestTheInterpretersExit:
+    """A thread that comes back from native code while Python goes away takes the process along."""
+
+    def script(self, tmp_path, body):
+        path = tmp_path / "exit.py"
+        path.write_text(
+            "import ctypes, threading, time\n"
+            "from phirt.backends.execution import InTurn, OneThread, Parallel\n"
+            + textwrap.dedent(body)
+        )
+        started = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, path], capture_output=True, text=True, timeout=60, check=False
+        )
+        return done, time.monotonic() - started
+
+    @pytest.mark.parametrize("execution", ["Parallel()", "InTurn()", "OneThread('phirt-test')"])
+    def test_waits_for_the_call_of_a_daemon_and_begins_no_other(self, tmp_path, execution):
+        done, _ = self.script(
+            tmp_path,
+            f"""
+            execution = {execution}
+
+            def call():
+                print("began", flush=True)
+                time.sleep(0.5)
+                print("ended", flush=True)
+
+            def work():
+                while True:
+                    execution.run(call)
+
+            threading.Thread(target=work, daemon=True).start()
+            time.sleep(0.2)
+            """,
+        )
+        assert done.stderr == ""
+        assert done.returncode == 0
+        assert done.stdout.split() == ["began", "ended"]
+
+    def test_a_call_that_does_not_end_is_not_waited_for_for_ever(self, tmp_path):
+        done, elapsed = self.script(
+            tmp_path,
+            """
+            from phirt.backends import at_exit
+            at_exit._LONGEST_WAIT_S = 0.2
+            threading.Thread(target=Parallel().run, args=(time.sleep, 50), daemon=True).start()
+            time.sleep(0.2)
+            """,
+        )
+        assert done.returncode == 0
+        assert elapsed < 30
+
+    def test_a_forked_child_does_not_wait_for_the_threads_of_its_parent(self, tmp_path):
+        if sys.platform == "win32":
+            pytest.skip("Windows has no fork")
+        done, _ = self.script(
+            tmp_path,
+            """
+            import os, sys
+            threading.Thread(target=Parallel().run, args=(time.sleep, 1), daemon=True).start()
+            time.sleep(0.2)
+            child = os.fork()
+            if child == 0:
+                started = time.monotonic()
+                from phirt.backends import at_exit
+                at_exit._wait()
+                os._exit(time.monotonic() - started > 0.5)
+            sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+            """,
+        )
+        assert done.returncode == 0, done.stderr
+
+    def test_what_is_closed_after_it_began_is_left_to_the_system(self, tmp_path):
+        done, _ = self.script(
+            tmp_path,
+            """
+            import atexit
+            from phirt.backends import at_exit
+            from phirt.errors import SessionClosedError
+            execution = OneThread("phirt-test")
+
+            def late():
+                execution.close()
+                try:
+                    OneThread("another").run(int)
+                except SessionClosedError:
+                    print("refused")
+
+            at_exit._wait()
+            late()
+            """,
+        )
+        assert done.stdout.split() == ["refused"]
+        assert done.returncode == 0
 
 
 class TestAModelOnOneThread:

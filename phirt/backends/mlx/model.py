@@ -91,7 +91,10 @@ class MlxModel(BaseModel):
     ) -> None:
         self.target = target
         self.config = config
-        execution = OneThread("phirt-mlx")
+        # MLX asks this of a thread that ends. Without it, a process that exits while the thread
+        # is ending may abort. MLX's CPU build (0.32) keeps one native thread of every stream
+        # nevertheless, asleep.
+        execution = OneThread("phirt-mlx", at_end=target.mx.clear_streams)
         try:
             self.decoder: Decoder | None = execution.run(_on(target, build))
             self._placement = execution.run(target.placement)
@@ -142,9 +145,6 @@ class MlxModel(BaseModel):
     def _unload(self) -> None:
         self.decoder = None
         self.target.mx.clear_cache()
-        # As MLX asks of a thread that ends. Its CPU build (0.32) keeps one native thread of
-        # every stream nevertheless, asleep.
-        self.target.mx.clear_streams()
 
 
 def _on(target: MlxTarget, call: Callable[[], _T]) -> Callable[[], _T]:
