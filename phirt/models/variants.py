@@ -132,12 +132,18 @@ def choose_variant(
 
 
 def device_rank(device: str, devices: frozenset[str]) -> int | None:
-    """How well a build for ``devices`` fits a device: 0 best, None not at all."""
+    """How well a build for ``devices`` fits a kind of device: 0 best, None not at all.
+
+    What was exported for a GPU runs there and nowhere else; what was exported for the CPU
+    also runs where a runtime takes graphs of any kind (``"npu"``, ``"openvino-cpu"``).
+    """
     if device in devices:
         return 0
-    if "gpu" in devices and device in _GPUS:
-        return 1
-    return None if devices else 2
+    if not devices:
+        return 2
+    if device in _GPUS:
+        return 1 if "gpu" in devices else None
+    return 3 if device != "cpu" and "cpu" in devices else None
 
 
 def list_variants(sizes: Mapping[str, int], *, repository: str) -> Iterator[Variant]:

@@ -101,6 +101,11 @@ def test_a_build_for_gpus_serves_any_gpu_but_not_the_cpu():
         choose(files, GENAI)
 
 
+@pytest.mark.parametrize("device", ["npu", "openvino-cpu"])
+def test_what_was_exported_for_the_cpu_serves_devices_that_take_any_graph(device):
+    assert choose(PHI, GENAI, device).devices == {"cpu"}
+
+
 def test_a_backend_gets_the_layout_that_it_likes_best():
     assert choose(SMOL, (*GENAI, *CHECKPOINTS)).format == "onnx"
     assert choose(SMOL, ("mlx", "safetensors")).format == "safetensors"
