@@ -245,3 +245,14 @@ def test_the_loser_of_a_race_without_locks_discards_its_copy(store, monkeypatch)
     path = store.install(KEY, fill_second)
     assert (path / "model.onnx.data").read_bytes() == b"rival!"
     assert leftovers(store) == []
+
+
+def test_a_model_that_is_removed_as_soon_as_it_is_installed_is_said_to_be(store, monkeypatch):
+    def published(name: str) -> None:
+        if name == "published":
+            shutil.rmtree(store.root / "models" / KEY)
+
+    monkeypatch.setattr(staging, "kill_point", published)
+    with pytest.raises(ModelNotFoundError, match="removed as soon as it was installed"):
+        store.install(KEY, fill)
+    assert leftovers(store) == []
