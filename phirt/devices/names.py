@@ -43,6 +43,11 @@ class DeviceName:
                 "with an index where a machine has several: 'cuda:1'."
             )
         kind, index = match.groups()
+        if kind == "auto" and index is not None:
+            raise ValueError(
+                f"device={text!r} is not a device name: 'auto' chooses by itself and has no "
+                "index. Name the kind of device as well: 'cuda:1'."
+            )
         return cls(kind, None if index is None else int(index))
 
     def is_one_of(self, offered: Iterable[str]) -> bool:

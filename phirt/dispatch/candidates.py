@@ -48,21 +48,26 @@ class Candidates:
 
     Raises:
         UnknownBackendError: No such backend.
-        BackendBrokenError: The adapter of a plugin cannot be imported.
+        BackendBrokenError: The adapter of the plugin named cannot be imported.
+        TypeError: ``device`` or ``backend`` is not a string.
         ValueError: ``device`` is malformed.
     """
 
     def __init__(self, *, device: str, backend: str) -> None:
         self.device = DeviceName.parse(device)
+        if not isinstance(backend, str):
+            raise TypeError(f"backend must be a string, not {type(backend).__name__}")
         self._is_named = backend != "auto"
         self._names = [backend] if self._is_named else automatic_names()
-        self._probed: dict[str, tuple[Backend, list[Availability]]] = {}
+        self._probed: dict[str, tuple[Backend | None, list[Availability]]] = {}
         if self._is_named:
             get_backend(backend)
 
     def __iter__(self) -> Iterator[Candidate]:
         for name in self._names:
             adapter, offered = self._probe(name)
+            if adapter is None:
+                continue
             usable = [found.device for found in offered if found.status in _USABLE]
             if self.device.kind == "auto":
                 chosen = [device for device in _AUTO_DEVICES if device in usable]
@@ -70,7 +75,7 @@ class Candidates:
                     # A backend without the CPU was named: its first device is meant.
                     chosen = usable[:1]
             else:
-                chosen = [str(self.device)] if self.device.is_one_of(usable) else []
+                chosen = [str(self.device)] if self._may_be_one_of(usable) else []
             for device in chosen:
                 yield Candidate(adapter, device)
 
@@ -106,8 +111,24 @@ class Candidates:
         """The backends, for a message."""
         return f"backend {self._names[0]!r}" if len(self._names) == 1 else "any backend"
 
-    def _probe(self, name: str) -> tuple[Backend, list[Availability]]:
+    def _may_be_one_of(self, usable: list[str]) -> bool:
+        if self.device.is_one_of(usable):
+            return True
+        # A kind without a number says nothing of how many there are: the load will. A machine
+        # has one CPU.
+        kind = self.device.kind
+        is_numbered = any(name.startswith(f"{kind}:") for name in usable)
+        return kind != "cpu" and kind in usable and not is_numbered
+
+    def _probe(self, name: str) -> tuple[Backend | None, list[Availability]]:
         if name not in self._probed:
-            adapter = get_backend(name)
-            self._probed[name] = (adapter, adapter.probe())
+            try:
+                adapter = get_backend(name)
+            except BackendBrokenError as error:
+                if self._is_named:
+                    raise
+                # One plugin that does not import is no reason to do without the others.
+                self._probed[name] = (None, [Availability("cpu", "broken", str(error))])
+            else:
+                self._probed[name] = (adapter, adapter.probe())
         return self._probed[name]

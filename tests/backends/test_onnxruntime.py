@@ -221,6 +221,12 @@ class TestCaches:
         with pytest.raises(ValueError, match="needs 4 of"):
             model.new_session(max_length=30, expected_length=30).import_kv(wrong)
 
+    def test_a_setting_that_does_not_exist(self, genai_folders: Callable[[str], Path]) -> None:
+        """onnxruntime itself would take it, and do nothing."""
+        with pytest.raises(ValueError, match="no setting"):
+            load(genai_folders("llama"), spining=True)
+        load(genai_folders("llama"), **{"session.intra_op.allow_spinning": "1"}).close()
+
     def test_runs_of_few_tokens(
         self, genai_folders: Callable[[str], Path], checkpoints: Any
     ) -> None:

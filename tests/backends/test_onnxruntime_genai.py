@@ -289,6 +289,10 @@ class TestConfiguration:
             ({"provider": "cuda"}, "does not drive 'cpu'"),
             ({"tokens_per_run": 0}, "must be a positive integer, not 0"),
             ({"tokens_per_run": 8, "append_once": True}, "cannot be had"),
+            ({"append_once": "no"}, "True, False or None, not 'no'"),
+            ({"provider": 3}, "the name of a provider, not 3"),
+            ({"provider_options": ["x"]}, "must be a mapping"),
+            ({"session_options": 3}, "must be a mapping, not 3"),
         ],
     )
     def test_settings_that_do_not_exist(self, written, extra, message):

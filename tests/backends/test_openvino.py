@@ -9,11 +9,13 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from phirt.backends.openvino import adapter as openvino_adapter
 from phirt.backends.openvino.adapter import OpenVinoBackend, OpenVinoModel
 from phirt.backends.openvino.runtime import import_openvino, translate
 from phirt.build.convert import convert
@@ -461,6 +463,27 @@ class TestDevices:
     def test_an_absent_device_is_an_error(self, llama_folder):
         with pytest.raises(DeviceNotAvailableError, match="gpu:7"):
             OpenVinoBackend().load(artifact_of(llama_folder), "gpu:7", LoadOptions())
+
+    @pytest.mark.parametrize(
+        ("asked", "found", "target"),
+        [
+            ("cpu:0", ["CPU"], "CPU"),
+            ("gpu", ["CPU", "GPU.0", "GPU.1"], "GPU"),
+            ("gpu:1", ["CPU", "GPU.0", "GPU.1"], "GPU.1"),
+            ("gpu:0", ["CPU", "GPU"], "GPU"),
+            ("openvino-auto", ["CPU"], "AUTO"),
+        ],
+    )
+    def test_a_number_is_given_on_only_where_openvino_counts(self, asked, found, target):
+        """The CPU plugin refuses "CPU.0", and settings for the CPU go by the name."""
+        core = SimpleNamespace(available_devices=found)
+        assert openvino_adapter._find_device(core, asked) == target
+
+    @pytest.mark.parametrize("asked", ["cpu:1", "gpu", "gpu:1", "openvino-auto:0"])
+    def test_a_number_that_is_not_there(self, asked):
+        core = SimpleNamespace(available_devices=["CPU"])
+        with pytest.raises(DeviceNotAvailableError, match=asked):
+            openvino_adapter._find_device(core, asked)
 
     def test_accepts(self, llama_folder, root):
         artifact = artifact_of(llama_folder)

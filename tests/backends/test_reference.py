@@ -9,7 +9,7 @@ from phirt.backends.reference import ReferenceBackend
 from phirt.backends.reference.decoder import attend, gelu_tanh, rms_norm, rotate, silu, softmax
 from phirt.errors import DeviceNotAvailableError, ModelFormatError, UnsupportedModelError
 from phirt.models.rotary import Rotary
-from phirt.protocols import LoadOptions, Reject
+from phirt.protocols import Accept, LoadOptions, Reject
 from phirt.testing import DENSE_ARCHITECTURES, write_tiny_checkpoint
 from phirt.testing.subject import Oracle, random_ids, read_artifact
 from tests.tiny_oracle import TransformersOracle
@@ -79,6 +79,13 @@ def test_only_the_cpu(checkpoint):
     assert isinstance(backend.accepts(artifact, "cuda"), Reject)
     with pytest.raises(DeviceNotAvailableError, match="cuda"):
         backend.load(artifact, "cuda", LoadOptions())
+
+
+def test_the_first_cpu_is_the_cpu(checkpoint):
+    backend = ReferenceBackend()
+    artifact = read_artifact(backend, checkpoint)
+    assert backend.accepts(artifact, "cpu:0") == Accept()
+    backend.load(artifact, "cpu:0", LoadOptions()).close()
 
 
 def test_it_has_no_settings(checkpoint):

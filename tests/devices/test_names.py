@@ -16,7 +16,9 @@ def test_a_name_reads_back(name):
     assert DeviceName.parse(str(name)) == name
 
 
-@pytest.mark.parametrize("text", ["", "cuda:", "cuda:x", ":0", "cuda:1:2", "a b", "cuda:-1", "0"])
+@pytest.mark.parametrize(
+    "text", ["", "cuda:", "cuda:x", ":0", "cuda:1:2", "a b", "cuda:-1", "0", "auto:1"]
+)
 def test_malformed_names(text):
     with pytest.raises(ValueError, match="not a device name"):
         DeviceName.parse(text)

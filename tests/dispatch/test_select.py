@@ -153,6 +153,47 @@ def test_a_named_device_is_never_replaced(backends):
     assert backend.seen == []
 
 
+def test_a_numbered_device_of_a_kind_that_a_probe_does_not_count(backends):
+    """onnxruntime's probe says "cuda": whether there is a second one shows at the load."""
+    backend = FakeBackend(devices=("cpu", "cuda"))
+    backend.accepts = lambda artifact, device: Accept()
+    backends(only=backend)
+    assert load(device="cuda:1").device == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    ("device", "offered"), [("cpu:1", ("cpu",)), ("cuda:2", ("cuda", "cuda:0", "cuda:1"))]
+)
+def test_a_numbered_device_that_is_not_there(backends, device, offered):
+    backends(only=FakeBackend(devices=offered))
+    with pytest.raises(DeviceNotAvailableError, match=f"'{device}'.*offers: "):
+        check(device=device, backend="auto")
+
+
+def test_a_plugin_that_does_not_import_is_passed_over(backends, monkeypatch):
+    good = FakeBackend(devices=("cuda",))
+    backends(broken=FakeBackend(), good=good)
+    get = candidates.get_backend
+
+    def get_backend(name):
+        if name == "broken":
+            raise BackendBrokenError("The adapter of backend 'broken' cannot be imported")
+        return get(name)
+
+    monkeypatch.setattr(candidates, "get_backend", get_backend)
+    assert load(device="cuda").backend == "good"
+    with pytest.raises(DeviceNotAvailableError, match="offers: cuda"):
+        check(device="npu", backend="auto")
+    with pytest.raises(BackendBrokenError, match="cannot be imported"):
+        load(backend="broken")
+
+
+@pytest.mark.parametrize("backend", [None, 3, ["onnxruntime"]])
+def test_a_backend_that_is_no_name(backend):
+    with pytest.raises(TypeError, match="backend must be a string"):
+        load(backend=backend)
+
+
 def test_a_named_device_that_rejects_the_model(backends):
     backends(only=Picky(devices=("cuda:0", "cuda:1")))
     with pytest.raises(DeviceNotAvailableError, match=r"'cuda:1'.*no a on cuda:1 here.*Buy one"):

@@ -39,7 +39,7 @@ class Settings:
         """Read `LoadOptions`; ``extra`` holds two names of phirt's own beside onnxruntime's.
 
         Raises:
-            ValueError: A value is not of its kind.
+            ValueError: There is no such setting, or a value is not of its kind.
         """
         extra = dict(options.extra)
         provider_options = extra.pop("provider_options", {})
@@ -50,6 +50,14 @@ class Settings:
         limit = extra.pop("tokens_per_run", None)
         if limit is not None and (not isinstance(limit, int) or limit < 1):
             raise ValueError(f"extra['tokens_per_run'] must be a positive integer, not {limit!r}")
+        strange = [key for key in extra if "." not in str(key)]
+        if strange:
+            # onnxruntime takes any name, and does nothing about those that it does not know.
+            raise ValueError(
+                f"The backend 'onnxruntime' has no setting {strange[0]!r}. It has "
+                "'provider_options', 'tokens_per_run', and the session's configuration entries, "
+                "such as 'session.intra_op.allow_spinning'."
+            )
         return cls(
             threads=options.threads,
             spinning=options.spinning,

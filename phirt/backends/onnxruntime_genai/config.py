@@ -31,6 +31,13 @@ __all__ = ["PROVIDERS", "Provider", "Settings", "choose_provider", "last_token",
 
 _EXTRA_KEYS = ("append_once", "provider", "provider_options", "session_options", "tokens_per_run")
 
+_KINDS_OF_VALUES: Mapping[str, tuple[type, str]] = {
+    "append_once": (bool, "True, False or None"),
+    "provider": (str, "the name of a provider"),
+    "provider_options": (Mapping, "a mapping"),
+    "session_options": (Mapping, "a mapping"),
+}
+
 # genai treats these two in ways of its own. Positions of padding are left out of attention,
 # and trailing padding even of "the last position's logits": phirt pads nothing, and many
 # models use their end-of-turn token as padding, so no token may be it.
@@ -170,8 +177,8 @@ class Settings:
         """Take the options apart.
 
         Raises:
-            ValueError: ``extra`` has a setting that does not exist, or no positive number of
-                tokens.
+            ValueError: ``extra`` has a setting that does not exist, or a value is not of its
+                kind.
         """
         unknown = sorted(options.extra.keys() - set(_EXTRA_KEYS))
         if unknown:
@@ -182,7 +189,14 @@ class Settings:
         limit = options.extra.get("tokens_per_run")
         if limit is not None and (not isinstance(limit, int) or limit < 1):
             raise ValueError(f"extra['tokens_per_run'] must be a positive integer, not {limit!r}")
-        return cls(threads=options.threads, spinning=options.spinning, **options.extra)
+        for key, (kind, called) in _KINDS_OF_VALUES.items():
+            value = options.extra.get(key)
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(
+                    f"extra[{key!r}] must be {called}, not {value!r}"
+                )
+        given = {key: value for key, value in options.extra.items() if value is not None}
+        return cls(threads=options.threads, spinning=options.spinning, **given)
 
 
 def choose_provider(og: Any, device: DeviceName, settings: Settings) -> Provider:

@@ -131,14 +131,18 @@ def _describe_device(ov: Any, core: Any, device: str) -> str:
 def _find_device(core: Any, device: str) -> str:
     """OpenVINO's name of a device that is here."""
     name = DeviceName.parse(device)
-    found = [_phirt_name(each) for each in core.available_devices]
     target = _KINDS.get(name.kind)
-    if target is None or (target != "AUTO" and not name.is_one_of(found)):
+    if target == "AUTO" and name.index is None:
+        return target
+    found = {_phirt_name(each): each for each in core.available_devices}
+    here = [each for offered, each in found.items() if name.is_one_of([offered])]
+    if target is None or not here:
         raise DeviceNotAvailableError(
             f"Device {device!r} is not available to backend {NAME!r}, which finds: "
             f"{', '.join(found)}, and openvino-auto, which chooses among them. Pass one of these."
         )
-    return target if name.index is None else f"{target}.{name.index}"
+    # Of a kind that OpenVINO finds one of, it knows no number.
+    return target if name.index is None else str(here[0])
 
 
 class OpenVinoModel(BaseModel):

@@ -17,6 +17,7 @@ from phirt.backends.base import BaseModel, BaseSession, HostLogits
 from phirt.backends.execution import Parallel
 from phirt.backends.reference.decoder import Cache, Decoder
 from phirt.backends.reference.weights import read_weights
+from phirt.devices.names import DeviceName
 from phirt.errors import (
     BackendRuntimeError,
     ContextLengthError,
@@ -63,7 +64,7 @@ class ReferenceBackend:
 
     def accepts(self, artifact: Artifact, device: str) -> Accept | Reject:
         """Accepts safetensors folders of the dense architectures on the CPU."""
-        if device != "cpu":
+        if not DeviceName.parse(device).is_one_of(["cpu"]):
             return Reject(f"the reference runs on the CPU, not on {device!r}", 'Pass device="cpu".')
         if artifact.format != _FORMAT:
             return Reject(
@@ -92,7 +93,7 @@ class ReferenceBackend:
         """
         if options.extra:
             raise ValueError(f"The reference has no settings, and was given {dict(options.extra)}.")
-        if device != "cpu":
+        if not DeviceName.parse(device).is_one_of(["cpu"]):
             raise DeviceNotAvailableError(
                 f'The reference runs on the CPU, not on {device!r}. Pass device="cpu".'
             )
