@@ -129,14 +129,12 @@ def pull(
             progress=progress,
         )
         try:
-            folder = _from_name(name or DEFAULT_MODEL, wanted, announce)
+            folder = _from_name(DEFAULT_MODEL if name is None else name, wanted, announce)
         except UnsupportedModelError as error:
             failures.append(error)
             continue
         if folder is None:
-            raise ValueError(
-                f"{name!r} is a file or folder, which is not fetched: load it as it is."
-            )
+            raise ValueError(f"{name!r} is a path: what is on this disk is loaded, not fetched")
         return folder.artifact.path
     reasons = dict.fromkeys(map(str, failures))
     raise UnsupportedModelError(" ".join(reasons)) from failures[0]

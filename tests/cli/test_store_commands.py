@@ -155,7 +155,9 @@ class TestPull:
             (["phi-5"], 1, "Did you mean phi-4"),
             (["org/tiny@..:x"], 2, "does not name a model on a hub"),
             (["org/tiny", "--precision", "int3"], 2, "'int3' is not one of"),
-            (["."], 2, "is a file or folder"),
+            (["."], 2, "'.' is a path"),
+            (["none/none.gguf"], 2, "is a path"),
+            ([""], 1, "No model is named ''"),
             (["pypi:phi-4"], 1, "not on the package index"),
         ],
     )
