@@ -3,6 +3,7 @@
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -134,7 +135,12 @@ def test_an_interruption_never_meets_a_session_that_is_being_closed(model, monke
     session = session_of(model)
     order = []
     closed = threading.Event()
-    close = threading.Thread(target=lambda: (session.close(), closed.set()))
+
+    def close_and_tell():
+        session.close()
+        closed.set()
+
+    close = threading.Thread(target=close_and_tell)
 
     def interrupt():
         close.start()
@@ -165,7 +171,7 @@ def test_a_session_that_cannot_be_freed_does_not_hold_the_weights(model, monkeyp
 def test_a_garbage_collection_while_a_session_opens_may_close_another(model):
     first = session_of(model)
 
-    class Collecting(type(model._open_sessions)):
+    class Collecting(weakref.WeakSet):
         def add(self, item):
             first.close()
             super().add(item)

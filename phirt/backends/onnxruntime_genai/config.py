@@ -192,9 +192,7 @@ class Settings:
         for key, (kind, called) in _KINDS_OF_VALUES.items():
             value = options.extra.get(key)
             if value is not None and not isinstance(value, kind):
-                raise ValueError(
-                    f"extra[{key!r}] must be {called}, not {value!r}"
-                )
+                raise ValueError(f"extra[{key!r}] must be {called}, not {value!r}")
         given = {key: value for key, value in options.extra.items() if value is not None}
         return cls(threads=options.threads, spinning=options.spinning, **given)
 
