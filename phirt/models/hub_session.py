@@ -41,6 +41,7 @@ _FIRST_WAIT_S = 1.0
 _LONGEST_WAIT_S = 16.0
 _LONGEST_RETRY_AFTER_S = 300.0
 _MOST_REDIRECTS = 5
+_MOST_DRAINED_BYTES = 1 << 16
 _TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 # A peer that sends a byte now and then keeps every timeout of a socket from running out.
@@ -227,11 +228,22 @@ def _follow(url: str, first_byte: int) -> tuple[httpx2.Response, bool]:
         location = response.headers.get("Location")
         if response.status_code not in _REDIRECTS or not location:
             return response, bool(token)
-        response.close()
+        _finish(response)
         address = address.join(location)
         # Once away, away for good: what another host redirects to is that host's choice.
         is_hub = is_hub and _origin(address) == hub
     raise TransientError(f"the hub redirects more than {_MOST_REDIRECTS} times")
+
+
+def _finish(response: httpx2.Response) -> None:
+    """Be done with a redirect. Its connection serves the next request, if its body is read."""
+    try:
+        length = response.headers.get("Content-Length", "")
+        if length.isdecimal() and int(length[:20]) <= _MOST_DRAINED_BYTES:
+            for _ in response.iter_raw():
+                pass
+    finally:
+        response.close()
 
 
 def _client() -> httpx2.Client:

@@ -31,6 +31,7 @@ class FakeHub:
         endpoint: The hub's address, for HF_ENDPOINT.
         cdn: The address of the second host.
         requests: What both received, in order.
+        connections: How many connections both accepted.
         bytes_sent: Bytes of files that were sent; those of listings do not count.
         accepted: Tokens the hub knows, each with the gated repositories it may read.
     """
@@ -38,6 +39,7 @@ class FakeHub:
     def __init__(self) -> None:
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
+        self.connections = 0
         self.bytes_sent = 0
         self.accepted: dict[str, set[str]] = {}
         self.closing = threading.Event()
@@ -146,6 +148,7 @@ class _Server(ThreadingHTTPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         with self.hub.lock:
             self._connections.add(request)
+            self.hub.connections += 1
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:

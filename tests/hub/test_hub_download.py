@@ -39,6 +39,12 @@ def test_only_the_files_that_were_asked_for_are_fetched(hub, pull):
     assert not any("model" in request.path.rpartition("/")[2] for request in hub.requests[1:])
 
 
+def test_one_connection_to_each_host_serves_all(hub, pull):
+    hub.add_repo(REPO, {f"{index}.gguf": b"x" for index in range(5)})
+    pull()
+    assert hub.connections == 2
+
+
 def test_progress_counts_the_bytes_of_all_files(pull):
     seen: list[Progress] = []
     pull(progress=seen.append)
