@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,14 @@ from phirt.models.manifest import read_manifest, save_manifest
 from phirt.models.store import Store
 from phirt.types import ProgressCallback
 
-__all__ = ["PRECISIONS", "Wanted", "check_precision_name", "convert_checkpoint", "find_converted"]
+__all__ = [
+    "PRECISIONS",
+    "Wanted",
+    "check_precision_name",
+    "convert_checkpoint",
+    "find_converted",
+    "required_layout",
+]
 
 PRECISIONS = ("auto", *(precision.value for precision in Precision))
 """How a checkpoint may be converted."""
@@ -62,6 +70,21 @@ def check_precision_name(precision: str) -> None:
         raise ValueError(f"precision={precision!r} is not one of {', '.join(PRECISIONS)}")
 
 
+def required_layout(source: Path | str, wanted: Wanted) -> str:
+    """The layout that a checkpoint would be converted to.
+
+    Raises:
+        UnsupportedModelError: The backend reads nothing that phirt writes.
+    """
+    if wanted.layout is None:
+        raise UnsupportedModelError(
+            f"{source} is a checkpoint, and phirt writes none of the layouts that this backend "
+            f"reads ({', '.join(wanted.formats)}). Name a folder of one of these, or another "
+            "backend."
+        )
+    return wanted.layout
+
+
 def convert_checkpoint(
     source: Path,
     *,
@@ -69,6 +92,7 @@ def convert_checkpoint(
     source_id: str,
     wanted: Wanted,
     origin: Mapping[str, str] | None = None,
+    texts: str = "",
 ) -> ModelFolder:
     """The folder made from a checkpoint, made now if it has not been.
 
@@ -78,6 +102,8 @@ def convert_checkpoint(
         source_id: Identifies the checkpoint's weights: ``"sha256:..."``.
         wanted: What it is to become.
         origin: Where the checkpoint came from, for the manifest.
+        texts: Identifies configuration, tokenizer and chat template, where ``source_id`` does
+            not.
 
     Raises:
         UnsupportedModelError: It cannot be converted, or the backend reads nothing that
@@ -85,13 +111,7 @@ def convert_checkpoint(
         BackendNotInstalledError: A package that the conversion needs is missing.
         StoreError: The store cannot be written.
     """
-    layout = wanted.layout
-    if layout is None:
-        raise UnsupportedModelError(
-            f"{source} is a checkpoint, and phirt writes none of the layouts that this backend "
-            f"reads ({', '.join(wanted.formats)}). Name a folder of one of these, or another "
-            "backend."
-        )
+    layout = required_layout(source, wanted)
     with _needed_packages(source, layout):
         # Imported here: a folder loads without the converter and what it needs.
         from phirt.build import convert
@@ -101,7 +121,7 @@ def convert_checkpoint(
             precision = convert.choose_precision(source, layout)
         check_precision(layout, precision)
         store = Store()
-        key = _key(name, layout, precision, source_id)
+        key = _key(name, layout, precision, source_id, texts)
         path = None if wanted.repair else store.find(key)
         if path is None:
 
@@ -151,11 +171,14 @@ def find_converted(name: str, source_id: str, wanted: Wanted) -> ModelFolder | N
     return None
 
 
-def _key(name: str, layout: str, precision: str, source_id: str) -> str:
+def _key(name: str, layout: str, precision: str, source_id: str, texts: str = "") -> str:
     """All that an artifact depends on, so that a newer converter makes a new one."""
     from phirt.build.convert import CONVERTER_VERSION
 
-    digest = source_id.partition(":")[2][:24]
+    digest = source_id.partition(":")[2]
+    if texts:
+        digest = hashlib.sha256(f"{digest}\0{texts}".encode()).hexdigest()
+    digest = digest[:24]
     return f"{slug(name)}-{layout}-{precision}-{digest}-v{CONVERTER_VERSION}"
 
 

