@@ -244,13 +244,18 @@ def _file(entry: Any, source: str) -> HubFile:
 
 
 def _license(fields: JsonFields) -> str | None:
-    """What the card says, or the tag that the hub makes of it."""
+    """What the card says, or the tag that the hub makes of it; fit to be shown on a terminal."""
     card = fields.value("cardData")
     named = card.get("license") if isinstance(card, Mapping) else None
     if isinstance(named, str):
-        return named[:100]
+        return _plain(named)
     tags = fields.value("tags")
     for tag in tags if isinstance(tags, list) else []:
         if isinstance(tag, str) and tag.startswith("license:"):
-            return tag.removeprefix("license:")[:100]
+            return _plain(tag.removeprefix("license:"))
     return None
+
+
+def _plain(text: str) -> str:
+    """A stranger's words without what a terminal would take for orders."""
+    return re.sub(r"[^ -~]+", " ", text).strip()[:100]

@@ -117,6 +117,12 @@ class TestPull:
         assert "It fits cpu" in document["downloaded"]["reason"]
         assert json.loads(run("pull", NAME, "--json").out)["downloaded"] is None
 
+    def test_a_licence_gives_the_terminal_no_orders(self, hub, run, build):
+        hub.add_repo("org/loud", build, license="mit\x1b[31m\x07")
+        outcome = run("pull", "org/loud")
+        assert outcome.status == 0
+        assert "licence mit [31m. " in outcome.err
+
     def test_a_gguf_file_is_converted(self, hub, run, tiny_gguf):
         hub.add_repo("org/tiny-gguf", {"Tiny-F32.gguf": tiny_gguf.read_bytes()})
         document = json.loads(run("pull", "org/tiny-gguf", "--precision", "fp32", "--json").out)
