@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from phirt.backends.mlx.memory import check_host_memory, translate
 from phirt.backends.mlx.session import MlxLogits, MlxSession
-from phirt.errors import ContextLengthError, PhirtError, SessionClosedError
+from phirt.backends.pool import BasePool, PoolRow
+from phirt.errors import PhirtError
 from phirt.protocols import Logits, Session
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["MlxPool"]
 
 
-class MlxPool:
+class MlxPool(BasePool["_Row"]):
     """Rows of one model (a `phirt.protocols.KVPool`).
 
     Args:
@@ -32,12 +33,11 @@ class MlxPool:
     """
 
     def __init__(self, model: MlxModel, *, slots: int, capacity: int, expected_length: int) -> None:
+        super().__init__(limit=capacity)
         self._model = model
         self._slots = slots
-        self._limit = capacity
         self._capacity = min(expected_length, capacity)
         self._rows: list[_Row] = []
-        self._closed = False
 
     @property
     def slots(self) -> int:
@@ -73,13 +73,13 @@ class MlxPool:
                 is not of the vocabulary. Nothing has changed.
             ContextLengthError: A row is full. Nothing has changed.
         """
-        rows = self._own(sessions)
-        self._check_step(rows, token_ids)
+        rows = self._ready(sessions, token_ids)
+        self._model.check_tokens(token_ids)
         try:
             logits = self._model.run(lambda: self._step(rows, token_ids))
         except BaseException:
             for row in rows:
-                row.fail()  # Some of its layers may hold the token, and others not.
+                row.fail()
             raise
         for row in rows:
             row.advance()
@@ -87,27 +87,19 @@ class MlxPool:
 
     def reorder(self, sessions: Sequence[Session], sources: Sequence[Session]) -> None:
         """Make each session a copy of its source, all at once; nothing is moved."""
-        rows, origins = self._own(sessions), self._known(sources)
-        if len(origins) != len(rows):
-            raise ValueError(f"{len(rows)} sessions were given {len(origins)} sources.")
+        copies = self._copies(sessions, sources)
 
         def copy() -> None:
             # All are taken before the first is written: a source may be overwritten too.
-            taken = [(origin.share(), origin.length) for origin in origins]
-            for row, (layers, length) in zip(rows, taken, strict=True):
+            taken = [(row, origin.share(), origin.length) for row, origin in copies]
+            for row, layers, length in taken:
                 row.become(layers, length)
 
         self._model.run(copy)
 
     def grow(self, capacity: int) -> None:
         """Give every row room for ``capacity`` tokens. Caches grow when they are written to."""
-        self._check_open()
-        if capacity > self._limit:
-            raise ContextLengthError(
-                f"The pool was made for rows of {self._limit} tokens; {capacity} is more.",
-                required=capacity,
-                available=self._limit,
-            )
+        self._check_capacity(capacity)
         self._capacity = max(self._capacity, capacity)
 
     def close(self) -> None:
@@ -135,40 +127,11 @@ class MlxPool:
             raise translate(error, f"decoding {len(rows)} rows") from error
         return logits
 
-    def _check_step(self, rows: Sequence[_Row], token_ids: Sequence[int]) -> None:
-        if not rows or len(token_ids) != len(rows):
-            raise ValueError(f"{len(rows)} sessions were given {len(token_ids)} tokens.")
-        self._model.check_tokens(token_ids)
-        for row in rows:
-            row.check_open()
-            if row.length == 0:
-                raise ValueError("A session of the batch is empty; prefill it first.")
-            if row.length >= self._limit:
-                raise ContextLengthError(
-                    f"A session of the batch holds {row.length} tokens, all that it was made for.",
-                    required=row.length + 1,
-                    available=self._limit,
-                )
-
-    def _own(self, sessions: Sequence[Session]) -> list[_Row]:
-        rows = self._known(sessions)
-        if len({id(row) for row in rows}) != len(rows):
-            raise ValueError("The sessions of one call must be distinct.")
-        return rows
-
-    def _known(self, sessions: Sequence[Session]) -> list[_Row]:
-        self._check_open()
-        known = [row for session in sessions for row in self._rows if row is session]
-        if len(known) != len(sessions):
-            raise ValueError("A session is not of this pool, or is closed.")
-        return known
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise SessionClosedError("The pool is closed; make a new one.")
+    def _held(self) -> list[_Row]:
+        return self._rows
 
 
-class _Row(MlxSession):
+class _Row(PoolRow, MlxSession):
     """A session that takes part in the steps of its pool.
 
     Attributes:
@@ -176,18 +139,6 @@ class _Row(MlxSession):
     """
 
     rows: list[_Row]
-
-    def advance(self) -> None:
-        """A step appended one token."""
-        self._length += 1
-
-    def fail(self) -> None:
-        """A step ended in the middle."""
-        self._state = "failed"
-
-    def check_open(self) -> None:
-        """Raise `SessionClosedError` if it cannot take part."""
-        self._check_open()
 
     def share(self) -> list[tuple[Any, Any]]:
         """Keys and values of every layer, which nothing that happens to this row changes."""

@@ -12,7 +12,7 @@ from phirt.backends.onnxruntime.cache import SharedCache
 from phirt.backends.onnxruntime.errors import translate
 from phirt.backends.onnxruntime.logits import DeviceLogits
 from phirt.backends.onnxruntime.session import SharedSession
-from phirt.errors import ContextLengthError, SessionClosedError
+from phirt.backends.pool import BasePool, PoolRow
 from phirt.protocols import Logits, Session
 from phirt.types import IntArray
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["OrtPool"]
 
 
-class OrtPool:
+class OrtPool(BasePool["_Row"]):
     """Rows of different lengths: the attention mask's sums tell attention where each ends.
 
     A run takes rows that lie side by side. Rows that are held and take no part in a step
@@ -37,8 +37,8 @@ class OrtPool:
     """
 
     def __init__(self, model: OrtModel, *, slots: int, capacity: int, expected_length: int) -> None:
+        super().__init__(limit=capacity)
         self._model = model
-        self._limit = capacity
         self._cache = SharedCache(
             model.graph,
             model.memory,
@@ -50,7 +50,6 @@ class OrtPool:
         self._binding = model.inference.io_binding()
         self._run_options = model.run_options()
         self._bound = (0, 0, 0)
-        self._closed = False
         graph = model.graph
         self._tokens = np.zeros((slots, 1), np.int64)
         self._positions = np.zeros((slots, 1), np.int64)
@@ -80,11 +79,7 @@ class OrtPool:
 
     def decode(self, sessions: Sequence[Session], token_ids: Sequence[int]) -> Logits:
         """Append one token to each of several sessions; one row of logits for each."""
-        rows = self._distinct(sessions)
-        if len(token_ids) != len(rows) or not rows:
-            raise ValueError(f"{len(rows)} sessions were given {len(token_ids)} tokens.")
-        for row in rows:
-            row.check_ready()
+        rows = self._ready(sessions, token_ids)
         logits = self._model.execution.run(self._decode, rows, token_ids)
         for row in rows:
             row.advance()
@@ -92,12 +87,9 @@ class OrtPool:
 
     def reorder(self, sessions: Sequence[Session], sources: Sequence[Session]) -> None:
         """Make each session a copy of its source, all at once."""
-        targets, origins = self._distinct(sessions), self._known(sources)
-        if len(targets) != len(origins):
-            raise ValueError(f"{len(targets)} sessions were given {len(origins)} sources.")
         moves = [
             (target, origin, origin.length)
-            for target, origin in zip(targets, origins, strict=True)
+            for target, origin in self._copies(sessions, sources)
             if target is not origin
         ]
         if moves:
@@ -112,13 +104,7 @@ class OrtPool:
 
     def grow(self, capacity: int) -> None:
         """Give every row room for ``capacity`` tokens; never shrinks."""
-        self._check_open()
-        if capacity > self._limit:
-            raise ContextLengthError(
-                f"The pool was made for rows of {self._limit} tokens; {capacity} is more.",
-                required=capacity,
-                available=self._limit,
-            )
+        self._check_capacity(capacity)
         self._model.execution.run(self.reserve, capacity)
 
     def close(self) -> None:
@@ -194,25 +180,11 @@ class OrtPool:
         places = [index for first, count in runs for index in range(first, first + count)]
         return HostLogits(values[[places.index(index) for index in order]])
 
-    def _distinct(self, sessions: Sequence[Session]) -> list[_Row]:
-        rows = self._known(sessions)
-        if len({row.row for row in rows}) != len(rows):
-            raise ValueError("The sessions of one call must be distinct.")
-        return rows
-
-    def _known(self, sessions: Sequence[Session]) -> list[_Row]:
-        self._check_open()
-        known = [row for session in sessions for row in self._rows if row is session]
-        if len(known) != len(sessions):
-            raise ValueError("A session is not of this pool, or is closed.")
-        return known
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise SessionClosedError("The pool is closed; make a new one.")
+    def _held(self) -> list[_Row]:
+        return [row for row in self._rows if row is not None]
 
 
-class _Row(SharedSession):
+class _Row(PoolRow, SharedSession):
     """A session on a row of a pool."""
 
     def __init__(
@@ -221,29 +193,9 @@ class _Row(SharedSession):
         self._pool = pool
         super().__init__(model, max_length=max_length, cache=cache, row=row)
 
-    def check_ready(self) -> None:
-        """Raise unless it is open, prefilled and has room for a token."""
-        self._check_open()
-        if self._length == 0:
-            raise ValueError("A session of the batch is empty; prefill it first.")
-        if self._length >= self._max_length:
-            raise ContextLengthError(
-                f"A session of the batch holds {self._length} tokens, all it was made for.",
-                required=self._length + 1,
-                available=self._max_length,
-            )
-
-    def advance(self) -> None:
-        """One token was appended."""
-        self._length += 1
-
     def become(self, length: int) -> None:
         """Its row now holds another sequence, of that length."""
         self._length = length
-
-    def fail(self) -> None:
-        """Its row may be half written."""
-        self._state = "failed"
 
     def _reserve(self, length: int) -> None:
         self._pool.reserve(length)

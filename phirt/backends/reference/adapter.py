@@ -15,16 +15,15 @@ import numpy as np
 
 from phirt.backends.base import BaseModel, BaseSession, HostLogits
 from phirt.backends.execution import Parallel
+from phirt.backends.pool import BasePool, PoolRow
 from phirt.backends.reference.decoder import Cache, Decoder
 from phirt.backends.reference.weights import read_weights
 from phirt.devices.names import DeviceName
 from phirt.errors import (
     BackendRuntimeError,
-    ContextLengthError,
     DeviceNotAvailableError,
     ModelError,
     OutOfMemoryError,
-    SessionClosedError,
     UnsupportedModelError,
 )
 from phirt.models.decoder_config import DecoderConfig
@@ -231,18 +230,17 @@ class ReferenceSession(BaseSession):
         self._cache = self._decoder = None
 
 
-class ReferencePool:
+class ReferencePool(BasePool["_Row"]):
     """Sessions that are decoded together, one after the other: rows cannot disturb each other."""
 
     def __init__(
         self, model: ReferenceModel, *, slots: int, capacity: int, expected_length: int
     ) -> None:
+        super().__init__(limit=capacity)
         self._model = model
         self._slots = slots
-        self._limit = capacity
         self._capacity = min(expected_length, capacity)
         self._rows: list[_Row] = []
-        self._closed = False
 
     @property
     def slots(self) -> int:
@@ -266,40 +264,23 @@ class ReferencePool:
 
     def decode(self, sessions: Sequence[Session], token_ids: Sequence[int]) -> Logits:
         """Append one token to each of several sessions; one row of logits for each."""
-        rows = self._own(sessions)
-        if len(token_ids) != len(rows):
-            raise ValueError(f"{len(rows)} sessions were given {len(token_ids)} tokens.")
-        for row in rows:
-            if row.length == 0:
-                raise ValueError("A session of the batch is empty; prefill it first.")
-            if row.length >= self._limit:
-                raise ContextLengthError(
-                    f"A session of the batch holds {row.length} tokens, all that it was made for.",
-                    required=row.length + 1,
-                    available=self._limit,
-                )
+        rows = self._ready(sessions, token_ids)
         logits = [row.decode(token) for row, token in zip(rows, token_ids, strict=True)]
         return HostLogits(np.concatenate([one.numpy() for one in logits]))
 
     def reorder(self, sessions: Sequence[Session], sources: Sequence[Session]) -> None:
         """Make each session a copy of its source, all at once."""
-        rows = self._own(sessions)
-        if len(sources) != len(rows):
-            raise ValueError(f"{len(rows)} sessions were given {len(sources)} sources.")
         # All copies are taken before the first is written: a source may be overwritten too.
-        copies = [(source.export_kv().layers, source.length) for source in self._known(sources)]
-        for row, (layers, length) in zip(rows, copies, strict=True):
+        copies = [
+            (row, source.export_kv().layers, source.length)
+            for row, source in self._copies(sessions, sources)
+        ]
+        for row, layers, length in copies:
             row.become(layers, length)
 
     def grow(self, capacity: int) -> None:
         """Give every row room for ``capacity`` tokens."""
-        self._check_open()
-        if capacity > self._limit:
-            raise ContextLengthError(
-                f"The pool was made for rows of {self._limit} tokens; {capacity} is more.",
-                required=capacity,
-                available=self._limit,
-            )
+        self._check_capacity(capacity)
         self._capacity = max(self._capacity, capacity)
         for row in self._rows:
             row.reserve(capacity)
@@ -310,25 +291,11 @@ class ReferencePool:
         for row in list(self._rows):
             row.close()
 
-    def _own(self, sessions: Sequence[Session]) -> list[_Row]:
-        rows = self._known(sessions)
-        if len({id(row) for row in rows}) != len(rows):
-            raise ValueError("The sessions of one call must be distinct.")
-        return rows
-
-    def _known(self, sessions: Sequence[Session]) -> list[_Row]:
-        self._check_open()
-        known = [row for session in sessions for row in self._rows if row is session]
-        if len(known) != len(sessions):
-            raise ValueError("A session is not of this pool, or is closed.")
-        return known
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise SessionClosedError("The pool is closed; make a new one.")
+    def _held(self) -> list[_Row]:
+        return self._rows
 
 
-class _Row(ReferenceSession):
+class _Row(PoolRow, ReferenceSession):
     """A session that gives its row back to the pool when it is closed."""
 
     rows: list[_Row]
