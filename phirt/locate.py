@@ -223,5 +223,9 @@ def _from_folder(path: Path, wanted: Wanted) -> ModelFolder:
             "has the precision that it was built with. Name a .gguf file or a folder of "
             "safetensors to convert it."
         )
+    from phirt.build.sources import digest_texts
+
     source_id = read_folder(path, name=name, formats=(_CONVERTIBLE,)).artifact.weights_id
-    return convert_checkpoint(path, name=name, source_id=source_id, wanted=wanted)
+    # A folder of the user's own may be edited, and the weights alone would not show it.
+    texts = digest_texts(path)
+    return convert_checkpoint(path, name=name, source_id=source_id, wanted=wanted, texts=texts)

@@ -7,6 +7,7 @@ which is where every layout has them.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Protocol
 from phirt.build.checkpoint import Checkpoint
 from phirt.models.safe_json import read_bytes
 
-__all__ = ["Source", "open_source"]
+__all__ = ["Source", "digest_texts", "open_source"]
 
 _CONFIG = "config.json"
 # Beside the weights and the configuration; the first must be there.
@@ -82,6 +83,20 @@ def open_source(path: Path, *, source_id: str | None = None) -> Iterator[Source]
 
         with GgufCheckpoint(path) as gguf:
             yield GgufSource(path, gguf, source_id)
+
+
+def digest_texts(folder: Path) -> str:
+    """A digest of what a conversion takes from a Hugging Face folder beside the weights.
+
+    Raises:
+        ModelFormatError: One of the files cannot be read.
+    """
+    digest = hashlib.sha256()
+    for name in (_CONFIG, *_TEXT_FILES):
+        if (folder / name).exists():
+            data = read_bytes(folder / name, max_bytes=_MAX_TEXT_BYTES)
+            digest.update(f"{name}\0{len(data)}\0".encode() + data)
+    return digest.hexdigest()
 
 
 class _FolderSource:
