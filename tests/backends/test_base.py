@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 
-from phirt.backends.base import import_runtime
+from phirt.backends.base import BaseSession, import_runtime
 from phirt.backends.execution import InTurn
 from phirt.errors import (
     BackendBrokenError,
@@ -171,7 +171,7 @@ def test_a_session_that_cannot_be_freed_does_not_hold_the_weights(model, monkeyp
 def test_a_garbage_collection_while_a_session_opens_may_close_another(model):
     first = session_of(model)
 
-    class Collecting(weakref.WeakSet):
+    class Collecting(weakref.WeakSet[BaseSession]):
         def add(self, item):
             first.close()
             super().add(item)
