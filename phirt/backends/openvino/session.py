@@ -10,6 +10,7 @@ import numpy as np
 from phirt.backends.base import BaseModel, BaseSession, HostLogits
 from phirt.backends.openvino.graph import KEEP_INPUT, DecoderGraph, State
 from phirt.backends.openvino.runtime import translate
+from phirt.errors import BackendRuntimeError
 from phirt.protocols import KVCache, KVLayer, Logits
 from phirt.types import FloatArray
 
@@ -65,13 +66,17 @@ class OpenVinoSession(BaseSession):
 
     def _append(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
         count, done = len(token_ids), self._length
-        try:
-            for chunk in self._chunks(token_ids, whole=every_position):
+        for chunk in self._chunks(token_ids, whole=every_position):
+            if self._state == "interrupted":
+                raise BackendRuntimeError(f"The call was ended after {done} tokens.")
+            try:
                 logits = self._run_chunk(chunk, done, every_position=every_position)
-                done += len(chunk)
-        except Exception as error:
-            self._recover()
-            raise translate(error, f"running {count} tokens after {self._length}") from error
+            except Exception as error:
+                self._recover()
+                raise translate(error, f"running {count} tokens after {self._length}") from error
+            done += len(chunk)
+        if self._state == "interrupted":
+            raise BackendRuntimeError(f"The call was ended after {done} tokens.")
         rows = logits[0] if every_position else logits[0, -1:]
         return HostLogits(rows.astype(np.float32, copy=False))
 
@@ -88,8 +93,6 @@ class OpenVinoSession(BaseSession):
         self._bind(token_ids, past)
         self._keep[0] = len(token_ids) if every_position else 1
         self._request.start_async()
-        if self._state == "interrupted":  # Between the checks and the start.
-            self._request.cancel()
         self._request.wait()
         return self._request.get_tensor("logits").data
 
@@ -167,7 +170,11 @@ class OpenVinoSession(BaseSession):
         return {state.name: state for state in self._request.query_state()}
 
     def _interrupt(self) -> None:
-        self._request.cancel()
+        """Nothing to do: the state is looked at between two pieces.
+
+        OpenVINO can cancel a running call. But its CPU plugin (2026.4) then fails at later
+        calls of the compiled model, and now and then ends the process.
+        """
 
     def _free(self) -> None:
         self._request = None  # This waits for a call that an exception left running.
@@ -177,8 +184,8 @@ class OpenVinoSession(BaseSession):
 def run_once(request: Any, graph: DecoderGraph, length: int) -> None:
     """Run a prompt of padding on a fresh request, for its effect on the compiled model.
 
-    The CPU plugin keeps the shapes of its last call. After one that ended half-way, cancelled
-    or out of memory, it fails at calls of the lengths that came before (2026.4), until one of
+    The CPU plugin keeps the shapes of its last call. After one that ended half-way, out of
+    memory, it fails at calls of the lengths that came before (2026.4), until one of
     another length makes it compute all shapes anew.
 
     Args:
