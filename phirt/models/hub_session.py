@@ -123,8 +123,8 @@ class Patience:
         times = f"{self._failures} times" if self._failures > 1 else "once"
         return (
             f"{self._what} cannot be fetched from {shown_endpoint()}, tried {times}: {error}. "
-            "Check the network, the proxy settings (HTTPS_PROXY, NO_PROXY) and HF_ENDPOINT, then "
-            "run it again; what has been fetched is kept."
+            "Check the network, the settings of proxy and certificates (HTTPS_PROXY, NO_PROXY, "
+            "SSL_CERT_FILE) and HF_ENDPOINT, then run it again; what has been fetched is kept."
         )
 
 
