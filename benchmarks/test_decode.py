@@ -71,7 +71,7 @@ def test_against_onnxruntime_genai(benchmark, model: phirt.Model, prompt_ids, kl
 def test_against_a_bare_loop(benchmark, model: phirt.Model, prompt_ids, kl):
     """What phirt's loop costs over the least that decodes at all, on one loaded graph."""
     loaded = cast("OrtModel", model._loaded)
-    rival = BareLoop(model.path, session=loaded.inference())
+    rival = BareLoop(model.path, session=loaded.inference)
 
     def theirs() -> float:
         return (NEW_TOKENS - 1) / sum(rival.decode_seconds(prompt_ids, NEW_TOKENS - 1))
