@@ -6,6 +6,7 @@ What every backend must do is in tests/conformance; here is what only this one c
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -32,7 +33,7 @@ from phirt.errors import (
     UnsupportedModelError,
 )
 from phirt.models.folder import read_folder
-from phirt.protocols import KVCache, LoadOptions, Reject
+from phirt.protocols import Accept, KVCache, LoadOptions, Reject
 from phirt.testing import TINY_ARCHITECTURES, write_tiny_checkpoint
 from phirt.types import FloatArray
 from tests.build.decoders import DECODERS, numpy_logits, random_decoder
@@ -583,6 +584,43 @@ def test_the_default_model_answers_as_transformers_does(
     np.testing.assert_allclose(np.concatenate(rows), expected, atol=TOLERANCE)
     session.close()
     model.close()
+
+
+def test_a_damaged_model_is_not_a_rejected_one(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Under "auto" no other backend is tried on it, and the error is the model's."""
+    folder = shutil.copytree(folders["llama"], tmp_path / "damaged")
+    artifact = read_folder(edit_config(folder, num_key_value_heads=3)).artifact
+    assert MlxBackend().accepts(artifact, "cpu") == Accept()
+    with pytest.raises(ModelFormatError, match="cannot share"):
+        MlxBackend().load(artifact, "cpu", LoadOptions())
+
+
+def test_a_process_exits_with_a_stream_open(folders: dict[str, Path]) -> None:
+    """The destructor of the stream must not wake the model's thread, which would abort."""
+    program = """
+import sys, phirt
+stream = phirt.load(sys.argv[1], backend="mlx").stream([1, 2, 3], max_new_tokens=9)
+next(stream)
+print("open")
+"""
+    assert run(program, folders["llama"]) == "open"
+
+
+def test_a_process_exits_right_after_a_load_that_failed(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(folders["llama"], tmp_path / "damaged")
+    edit_config(folder, num_hidden_layers=3)
+    program = """
+import sys, phirt
+for _ in range(3):
+    try:
+        phirt.load(sys.argv[1], backend="mlx")
+    except phirt.ModelFormatError:
+        print("damaged")
+"""
+    for _ in range(3):  # It is a race, lost every third time.
+        assert run(program, folder).split() == ["damaged"] * 3
 
 
 def run(program: str, folder: Path) -> str:

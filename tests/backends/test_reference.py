@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 
+import phirt
 from phirt.backends.reference import ReferenceBackend
 from phirt.backends.reference.decoder import attend, gelu_tanh, rms_norm, rotate, silu, softmax
 from phirt.errors import DeviceNotAvailableError, ModelFormatError, UnsupportedModelError
@@ -86,6 +89,14 @@ def test_the_first_cpu_is_the_cpu(checkpoint):
     artifact = read_artifact(backend, checkpoint)
     assert backend.accepts(artifact, "cpu:0") == Accept()
     backend.load(artifact, "cpu:0", LoadOptions()).close()
+
+
+def test_a_damaged_model_is_not_a_rejected_one(checkpoint):
+    """Under "auto" no other backend is tried on it, and the error is the model's."""
+    path = checkpoint / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_key_value_heads": 3}))
+    with pytest.raises(ModelFormatError, match="cannot share"):
+        phirt.load(checkpoint, backend="reference")
 
 
 def test_it_has_no_settings(checkpoint):

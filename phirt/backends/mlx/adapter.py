@@ -26,6 +26,7 @@ from phirt.errors import (
     BackendNotInstalledError,
     DeviceNotAvailableError,
     ModelError,
+    ModelFormatError,
     PhirtError,
     UnsupportedModelError,
 )
@@ -92,6 +93,8 @@ class MlxBackend:
             pass  # Loading says how to install it.
         try:
             read_mlx_config(artifact.path)
+        except ModelFormatError:
+            pass  # The model is at fault, and not the backend: loading says so.
         except ModelError as error:
             return Reject(str(error))
         return Accept()

@@ -23,6 +23,7 @@ from phirt.errors import (
     BackendRuntimeError,
     DeviceNotAvailableError,
     ModelError,
+    ModelFormatError,
     OutOfMemoryError,
     UnsupportedModelError,
 )
@@ -72,6 +73,8 @@ class ReferenceBackend:
             )
         try:
             read_decoder_config(artifact.path / "config.json")
+        except ModelFormatError:
+            pass  # The model is at fault, and not the backend: loading says so.
         except ModelError as error:
             return Reject(str(error))
         return Accept()
