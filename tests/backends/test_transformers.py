@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,45 @@ class TestSessions:
         model.new_session(max_length=4, expected_length=4).prefill([1])
         assert seen == [before + 1]
         assert torch.get_num_threads() == before
+
+    def test_threads_of_two_models_at_once_leave_the_process_as_it_was(
+        self, checkpoints: Path
+    ) -> None:
+        before = torch.get_num_threads()
+        models: list[Any] = [load(checkpoints / "llama", threads=before + n) for n in (1, 2)]
+        # Each begins during the other's call, and the first to begin ends first.
+        inside = [threading.Event(), threading.Event()]
+
+        def first(*_: object) -> None:
+            inside[0].set()
+            inside[1].wait(timeout=30)
+
+        def second(*_: object) -> None:
+            inside[1].set()
+            ended.wait(timeout=30)
+
+        ended = threading.Event()
+        for model, hook in zip(models, (first, second), strict=True):
+            model.network.register_forward_pre_hook(hook)
+
+        def call(index: int) -> None:
+            session = models[index].new_session(max_length=8, expected_length=8)
+            if index:
+                inside[0].wait(timeout=30)
+            session.prefill([1, 2])
+            if index == 0:
+                ended.set()
+
+        threads = [threading.Thread(target=call, args=(index,)) for index in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(timeout=60)
+        found: list[int] = []
+        fresh = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        fresh.start()
+        fresh.join()
+        assert [torch.get_num_threads(), *found] == [before, before]
 
     def test_closing_frees_the_weights(self, checkpoints: Path) -> None:
         model: Any = load(checkpoints / "llama")

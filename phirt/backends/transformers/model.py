@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import re
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -159,18 +160,10 @@ class TransformersModel(BaseModel):
             )
         return [LayerShape.of(layer) for layer in layers], logits.shape[-1]
 
-    @contextmanager
-    def _threads(self) -> Iterator[None]:
+    def _threads(self) -> AbstractContextManager[None]:
         if self.threads is None:
-            yield
-            return
-        # The setting is torch's own, for the whole process: it is the model's during a call.
-        before = self.torch.get_num_threads()
-        self.torch.set_num_threads(self.threads)
-        try:
-            yield
-        finally:
-            self.torch.set_num_threads(before)
+            return nullcontext()
+        return _process_threads.set_to(self.threads, self.torch)
 
     def _new_session(self, *, max_length: int, expected_length: int) -> TransformersSession:
         return TransformersSession(self, max_length=max_length, expected_length=expected_length)
@@ -180,6 +173,35 @@ class TransformersModel(BaseModel):
         # torch keeps freed device memory for itself; other runtimes may need it.
         if self.device.type != "cpu":
             getattr(self.torch, self.device.type).empty_cache()
+
+
+class _ProcessThreads:
+    """torch's number of threads, which is the process's: a model's own during its calls."""
+
+    def __init__(self) -> None:
+        # Reentrant: a garbage collection while it is held may do anything.
+        self._lock = threading.RLock()
+        self._users = 0
+        self._before = 0
+
+    @contextmanager
+    def set_to(self, count: int, torch: Any) -> Iterator[None]:
+        """Use so many threads, and afterwards as many as before the first of such calls."""
+        with self._lock:
+            # What is found during another model's call is that model's number.
+            if self._users == 0:
+                self._before = torch.get_num_threads()
+            self._users += 1
+        torch.set_num_threads(count)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                torch.set_num_threads(self._before)
+
+
+_process_threads = _ProcessThreads()
 
 
 def _accepted_arguments(network: Any) -> frozenset[str]:
