@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from phirt.errors import ModelNotFoundError
-from phirt.models.inventory import InstalledModel
+from phirt.models.inventory import InstalledModel, is_key
 from phirt.models.store import Store
 
 __all__ = ["as_json", "installed_as", "keys_of", "print_json", "print_table"]
@@ -35,7 +35,7 @@ def keys_of(store: Store, name: str, *, known: Iterable[str] = ()) -> list[str]:
     """
     keys = [model.key for model in installed_as(store, name)]
     folders = store.root / "models"
-    if not keys and folders.is_dir() and name in {path.name for path in folders.iterdir()}:
+    if not keys and is_key(name) and (folders / name).is_dir():
         keys = [name]
     if not keys:
         here = {text for model in store.installed() for text in (model.name, model.key)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,21 +16,31 @@ from phirt.models.hashing import sha256_of
 from phirt.models.integrity import Fault, faults_of
 from phirt.models.layouts import held_formats
 from phirt.models.manifest import MANIFEST_NAME, Manifest, read_manifest
+from phirt.models.paths import plain_name_fault
 from phirt.types import ProgressCallback
 
 __all__ = [
+    "COPY_RECORD",
     "SOURCE_RECORD",
     "InstalledModel",
     "faults_of_model",
     "faults_of_models",
     "faults_of_sources",
     "installed_models",
+    "is_key",
     "manifests",
     "mark_used",
 ]
 
 SOURCE_RECORD = "source.json"
 """Beside a fetched file: its name, size and time."""
+
+COPY_RECORD = "phirt-copy.json"
+"""In a copy of somebody's model folder: its files and their sizes."""
+
+# Lower case only: on Windows and macOS "A" and "a" are one folder.
+_KEY = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +72,11 @@ class InstalledModel:
     manifest: Manifest
 
 
+def is_key(name: str) -> bool:
+    """Whether the store may call an artifact so. Another folder is not the store's."""
+    return bool(_KEY.fullmatch(name)) and plain_name_fault(name) is None
+
+
 def installed_models(root: Path) -> list[InstalledModel]:
     """The artifacts of a store whose manifest can be read, by key."""
     return [_describe(root, path, manifest) for path, manifest in manifests(root)]
@@ -68,7 +84,7 @@ def installed_models(root: Path) -> list[InstalledModel]:
 
 def manifests(root: Path) -> Iterator[tuple[Path, Manifest]]:
     """Folder and manifest of every artifact whose manifest can be read."""
-    for path in _folders(root / "models"):
+    for path in _artifacts(root):
         with suppress(ModelError, OSError):
             manifest = read_manifest(path)
             if manifest is not None:
@@ -88,9 +104,7 @@ def mark_used(root: Path, key: str) -> None:
 
 def faults_of_models(root: Path, progress: ProgressCallback | None = None) -> list[Fault]:
     """What is wrong with the artifacts of a store; every file is hashed."""
-    return [
-        fault for path in _folders(root / "models") for fault in faults_of_model(path, progress)
-    ]
+    return [fault for path in _artifacts(root) for fault in faults_of_model(path, progress)]
 
 
 def faults_of_model(path: Path, progress: ProgressCallback | None = None) -> list[Fault]:
@@ -108,12 +122,18 @@ def faults_of_sources(root: Path, progress: ProgressCallback | None = None) -> l
     """Fetched files whose content is not what their folder is named for."""
     faults = []
     for folder in _folders(root / "sources"):
+        if not _SHA256.fullmatch(folder.name):
+            continue
         for file in folder.iterdir():
             if file.name == SOURCE_RECORD or file.name.startswith("."):
                 continue
-            if sha256_of(file, progress=progress) != folder.name:
+            try:
+                if sha256_of(file, progress=progress) == folder.name:
+                    continue
                 problem = f"is damaged: its SHA-256 is not {folder.name}."
-                faults.append(Fault(key=folder.name, path=file, problem=problem))
+            except OSError as error:
+                problem = f"cannot be read: {error.strerror or error}."
+            faults.append(Fault(key=folder.name, path=file, problem=problem))
     return faults
 
 
@@ -141,6 +161,10 @@ def _last_used(root: Path, key: str) -> datetime | None:
         return datetime.fromtimestamp((root / "used" / key).stat().st_mtime, tz=UTC)
     except OSError:
         return None
+
+
+def _artifacts(root: Path) -> list[Path]:
+    return [path for path in _folders(root / "models") if is_key(path.name)]
 
 
 def _folders(parent: Path) -> list[Path]:

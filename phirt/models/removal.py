@@ -3,11 +3,15 @@
 Nothing here asks whether somebody reads what it takes away. What goes is moved out of
 sight in one step, so that a reader has all of it or none: on Linux and macOS files that are
 open stay readable, on Windows a folder with an open file does not move and stays.
+
+PHIRT_HOME may be a folder in which somebody keeps other things, under the same names even.
+What is not called as the store calls its own is not touched.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -18,7 +22,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from phirt.errors import ModelError, ModelNotFoundError, StoreError
-from phirt.models.inventory import manifests
+from phirt.models.inventory import COPY_RECORD, is_key, manifests
 from phirt.models.manifest import Manifest
 from phirt.models.safe_json import read_json
 from phirt.models.staging import discard, is_idle, lock_of, locked, sweep
@@ -28,6 +32,12 @@ __all__ = ["Collected", "collect", "remove_model"]
 _logger = logging.getLogger(__name__)
 
 _UNCONVERTED_KEPT_S = 24 * 3600.0
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_COMPILED = re.compile(r"[0-9a-f]{32}")  # as the adapter for OpenVINO names them
+_PARTIAL = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+_HASH_RECORD = re.compile(r"[0-9a-f]{64}\.(json|[0-9a-f]{16})")
+_LOCK = re.compile(r"(models|sources|copies|openvino|partial)-.+\.lock")
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,17 +108,21 @@ def collect(root: Path, *, converter_version: int) -> Collected:
     artifacts = list(manifests(root))
     old = [path for path, manifest in artifacts if _is_older(manifest, converter_version)]
     run.discard("models", old)
-    run.discard("copies", _entries(root / "copies"))
-    run.discard("compiled", _entries(root / "openvino"), lock=lambda path: path / "lock")
+    copies = (path for path in _entries(root / "copies") if (path / COPY_RECORD).is_file())
+    run.discard("copies", copies)
+    compiled = _entries(root / "openvino", _COMPILED)
+    run.discard("compiled", compiled, lock=lambda path: path / "lock")
     if is_idle(root):  # a download or a conversion under way reads or writes these
-        run.discard("partial", _entries(root / "partial"))
+        run.discard("partial", _entries(root / "partial", _PARTIAL))
         converted = {_source_id(manifest) for _, manifest in artifacts}
-        sources = _entries(root / "sources")
+        sources = _entries(root / "sources", _SHA256)
         run.discard("sources", (path for path in sources if _is_spent(path, converted)))
     _forget_files(root / "hashes")
     for marker in _entries(root / "used"):
-        if not (root / "models" / marker.name).exists():
-            marker.unlink(missing_ok=True)
+        if is_key(marker.name) and not (root / "models" / marker.name).exists():
+            with suppress(OSError):  # one that is empty, as they are
+                if marker.is_file() and marker.stat().st_size == 0:
+                    marker.unlink()
     _remove_locks(root / "locks")
     with suppress(OSError):  # it is not there, or somebody is downloading
         (root / "partial").rmdir()
@@ -150,9 +164,12 @@ class _Collection:
 
 
 def _source_id(manifest: Manifest) -> str | None:
-    """Name in ``sources/`` of the file that an artifact was converted from."""
-    found = manifest.source.get("id")
-    return found.removeprefix("sha256:") if isinstance(found, str) else None
+    """Name in ``sources/`` of the file that an artifact was converted from.
+
+    A manifest may repeat what a stranger's folder says of itself, ``../..`` too.
+    """
+    name = str(manifest.source.get("id")).removeprefix("sha256:")
+    return name if _SHA256.fullmatch(name) else None
 
 
 def _is_older(manifest: Manifest, converter_version: int) -> bool:
@@ -171,7 +188,7 @@ def _is_spent(source: Path, converted: set[str | None]) -> bool:
 
 def _forget_files(records: Path) -> None:
     """Remove the records of files that are gone, and records half written."""
-    for record in _entries(records):
+    for record in _entries(records, _HASH_RECORD):
         try:
             path = read_json(record).get("path")
             if isinstance(path, str) and Path(path).exists():
@@ -187,7 +204,7 @@ def _remove_locks(folder: Path) -> None:
     Somebody may have opened one a moment ago and lock it after it is unlinked. Then two
     processes do the same work once, and the store stays right: it does not rest on locks.
     """
-    for path in _entries(folder):
+    for path in _entries(folder, _LOCK):
         lock = FileLock(path)
         try:
             lock.acquire(timeout=0)
@@ -200,9 +217,9 @@ def _remove_locks(folder: Path) -> None:
             lock.release()
 
 
-def _entries(folder: Path) -> list[Path]:
+def _entries(folder: Path, name: re.Pattern[str] | None = None) -> list[Path]:
+    """What lies in a folder of the store, of that name."""
     try:
-        # Finder leaves a file .DS_Store wherever somebody looks.
-        return sorted(entry for entry in folder.iterdir() if entry.name != ".DS_Store")
-    except FileNotFoundError:
+        return sorted(e for e in folder.iterdir() if name is None or name.fullmatch(e.name))
+    except (FileNotFoundError, NotADirectoryError):
         return []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -34,6 +35,10 @@ Find: TypeAlias = Callable[[], Path | None]
 
 _logger = logging.getLogger(__name__)
 
+# As `_work_folder` names them: other things in ``tmp/`` are not the store's.
+_WORK_FOLDER = re.compile(
+    r"(models|sources|copies|openvino|partial)-.+@[0-9a-f]{12}\.\d+\.[0-9a-f]{8}"
+)
 _ABANDONED_AFTER_S = 24 * 3600.0
 _RENAME_TRIES = 6
 
@@ -136,8 +141,8 @@ def _work_folder(target: Path, root: Path) -> Path:
 def _entries(folder: Path) -> list[Path]:
     """The work folders in ``tmp/``, whose names end in ``@`` and their owner."""
     try:
-        return [entry for entry in folder.iterdir() if "@" in entry.name]
-    except FileNotFoundError:
+        return [entry for entry in folder.iterdir() if _WORK_FOLDER.fullmatch(entry.name)]
+    except (FileNotFoundError, NotADirectoryError):
         return []
 
 

@@ -28,15 +28,17 @@ from phirt.errors import ModelError, ModelNotFoundError, StoreError, UnsafeModel
 from phirt.models.hashing import remembered_sha256, sha256_of
 from phirt.models.integrity import Fault, accept_chat_template, check_folder
 from phirt.models.inventory import (
+    COPY_RECORD,
     SOURCE_RECORD,
     InstalledModel,
     faults_of_model,
     faults_of_models,
     faults_of_sources,
     installed_models,
+    is_key,
     mark_used,
 )
-from phirt.models.manifest import read_manifest, seal_manifest
+from phirt.models.manifest import MANIFEST_NAME, read_manifest, seal_manifest
 from phirt.models.paths import plain_name_fault
 from phirt.models.safe_json import JsonFields, read_json
 
@@ -48,9 +50,6 @@ if TYPE_CHECKING:
 __all__ = ["Store"]
 
 
-_COPY_RECORD = "phirt-copy.json"
-# Lower case only: on Windows and macOS "A" and "a" are one folder.
-_KEY = re.compile(r"[a-z0-9][a-z0-9._-]{0,99}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -182,10 +181,16 @@ class Store:
 
         Raises:
             ModelNotFoundError: There is no such artifact.
-            StoreError: It is in use (on Windows), or the store cannot be written.
+            StoreError: It is in use (on Windows), or no model, or the store cannot be
+                written.
             ValueError: The key is not a plain lower-case name.
         """
-        self._existing(key)
+        path = self._existing(key)
+        if path.is_dir() and not os.path.lexists(path / MANIFEST_NAME):
+            raise StoreError(
+                f"{path} holds no {MANIFEST_NAME}, so it may be somebody else's, and is not "
+                "removed. Delete the folder yourself if nobody needs it."
+            )
         from phirt.models.removal import remove_model  # as in _stage
 
         with self._disk_errors(key, 0):
@@ -286,11 +291,11 @@ class Store:
 
         def fill_and_record(folder: Path) -> None:
             fill(folder)
-            (folder / _COPY_RECORD).write_text(json.dumps(_sizes(folder)), encoding="utf-8")
+            (folder / COPY_RECORD).write_text(json.dumps(_sizes(folder)), encoding="utf-8")
 
         def find() -> Path | None:
             try:
-                recorded = read_json(target / _COPY_RECORD)
+                recorded = read_json(target / COPY_RECORD)
                 return target if recorded.items() <= _sizes(target).items() else None
             except (ModelError, OSError):
                 return None
@@ -312,7 +317,7 @@ class Store:
         return remembered_sha256(path, self.root / "hashes")
 
     def _path_of(self, kind: str, key: str) -> Path:
-        if not _KEY.fullmatch(key) or plain_name_fault(key):
+        if not is_key(key):
             raise ValueError(
                 f"{key!r} cannot name a model in the store: use lower-case letters, digits, "
                 "'.', '_' and '-', at most 100, beginning with a letter or digit."
@@ -367,7 +372,7 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {
         file.relative_to(folder).as_posix(): file.stat().st_size
         for file in folder.rglob("*")
-        if file.is_file() and file.name != _COPY_RECORD
+        if file.is_file() and file.name != COPY_RECORD
     }
 
 

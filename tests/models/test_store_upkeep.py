@@ -168,7 +168,7 @@ def test_collecting_leaves_the_models_and_takes_the_rest(store, tmp_path):
     store.install("older", partial(fill, versions={"converter": "2"}))
     store.install("fetched", partial(fill, source={"repository": "org/tiny"}))
     store.install_copy("copy", fill)
-    for name in ("openvino/key/1.blob", "partial/0123/data"):
+    for name in (f"openvino/{'0' * 32}/1.blob", f"partial/{SHA256}/data"):
         (store.root / name).parent.mkdir(parents=True)
         (store.root / name).write_bytes(CONTENT)
     collected = store.collect(converter_version=3)
@@ -195,13 +195,13 @@ def test_a_file_that_was_fetched_today_and_not_converted_yet_stays(store):
 
 def test_what_is_being_made_is_not_collected(store):
     install_converted(store)
-    (store.root / "partial" / "0123").mkdir(parents=True)
+    (store.root / "partial" / SHA256).mkdir(parents=True)
 
     def collect_and_fill(folder: Path) -> None:
         collected = store.collect(converter_version=4)
         assert sorted(collected.freed) == ["models"]
         assert folder.exists()
-        assert (store.root / "partial" / "0123").exists()
+        assert (store.root / "partial" / SHA256).exists()
         fill(folder)
 
     store.install("other", collect_and_fill)
@@ -233,7 +233,7 @@ def test_what_another_process_holds_is_kept_and_said(store):
 
 
 def test_a_compiled_model_in_use_is_kept(store):
-    folder = store.root / "openvino" / "key"
+    folder = store.root / "openvino" / ("0" * 32)
     folder.mkdir(parents=True)
     with FileLock(folder / "lock"):
         assert store.collect(converter_version=3).kept == (folder,)
@@ -259,7 +259,7 @@ def test_records_of_files_that_are_gone_are_forgotten(store, tmp_path):
         os.utime(tmp_path / name, (1, 1))
         remembered_sha256(tmp_path / name, records)
     (tmp_path / "gone").unlink()
-    (records / "half.0123").write_text("{")
+    (records / f"{SHA256}.{'0' * 16}").write_text("{")
     store.collect(converter_version=1)
     (record,) = records.iterdir()
     assert json.loads(record.read_text())["path"] == str(tmp_path / "kept")
