@@ -10,7 +10,6 @@ import hashlib
 import os
 import re
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
@@ -99,13 +98,14 @@ def copy_file(source: Path, target: Path) -> None:
 
 def _copy_within_kernel(source: Path, target: Path) -> bool:
     """Copy without reading, where the system can: file systems then share the blocks."""
-    if sys.platform != "linux":
+    copy_range = getattr(os, "copy_file_range", None)  # Linux has it
+    if copy_range is None:
         return False
     left = source.stat().st_size
     try:
         with source.open("rb") as reader, target.open("wb") as writer:
             while left > 0:
-                copied = os.copy_file_range(reader.fileno(), writer.fileno(), left)
+                copied = copy_range(reader.fileno(), writer.fileno(), left)
                 if copied == 0:  # some file systems say so rather than refuse
                     return False
                 left -= copied

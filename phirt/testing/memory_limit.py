@@ -6,6 +6,7 @@ session and of a small one after it is printed, a line each.
 
 from __future__ import annotations
 
+import mmap
 import pickle
 import sys
 from pathlib import Path
@@ -23,18 +24,23 @@ _PROMPT = 8192  # tokens; their attention scores take 1 GB where they are all co
 
 def main(task: str) -> None:
     """Load the model, lower the limit, and try. Linux only."""
-    import resource  # Windows has none, and the module is imported there all the same.
-
     # Written a moment ago by the test that started this process.
     kind, folder, device, options = pickle.loads(Path(task).read_bytes())  # noqa: S301
     backend = kind()
     model = backend.load(read_artifact(backend, Path(folder)), device, options)
     _run(model, 64, 8)  # What is allocated once is allocated now.
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
-    limit = pages * resource.getpagesize() + _HEADROOM
-    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    _limit_memory()
     print("large:", _run(model, _LARGE, _PROMPT), flush=True)  # noqa: T201 - what it is for
     print("small:", _run(model, 64, 8), flush=True)  # noqa: T201
+
+
+def _limit_memory() -> None:
+    if sys.platform == "linux":
+        import resource  # Windows has none, and this module is imported there all the same.
+
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        limit = pages * mmap.PAGESIZE + _HEADROOM
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
 
 
 def _run(model: LoadedModel, length: int, prompt: int) -> str:

@@ -189,9 +189,8 @@ class TestTheInterpretersExit:
         assert done.returncode == 0
         assert elapsed < 30
 
+    @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
     def test_a_forked_child_does_not_wait_for_the_threads_of_its_parent(self, tmp_path):
-        if sys.platform == "win32":
-            pytest.skip("Windows has no fork")
         done, _ = self.script(
             tmp_path,
             """

@@ -144,9 +144,11 @@ def _count(torch: Any, kind: str) -> int:
 
 
 def _may_find_any() -> bool:
-    """Whether torch was built for an accelerator whose driver is here."""
-    if sys.platform == "darwin":
-        return True
+    """Whether torch was built for an accelerator whose driver is here; on macOS it always is."""
+    return sys.platform == "darwin" or _is_built_for_one()
+
+
+def _is_built_for_one() -> bool:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return False
