@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,6 +69,9 @@ def faults_of(
     folder: Path, manifest: Manifest, *, sha256: Callable[[Path], str]
 ) -> Iterator[Fault]:
     """Everything in which a folder differs from what was installed; every file is hashed.
+
+    A file whose content has changed and whose time has not is given a new time, by which
+    `check_folder` notices it from then on.
 
     Args:
         folder: The model folder.
@@ -137,5 +142,9 @@ def _problem(
     except OSError as error:
         return f"cannot be read: {error.strerror or error}."
     if found != record.sha256:
+        if untouched:
+            # A disk's fault leaves no trace in the time: now a load notices, and a pull repairs.
+            with suppress(OSError):
+                os.utime(path)
         return f"is damaged: its SHA-256 is {found}; {MANIFEST_NAME} says {record.sha256}."
     return None

@@ -231,3 +231,14 @@ def test_m6_the_same_template_in_another_file_is_damage_and_no_change_of_templat
     path.write_text(path.read_text() + " ")
     with pytest.raises(ModelFormatError, match=r"tokenizer_config\.json is damaged"):
         store.find(KEY)
+
+
+def test_a_bit_that_the_disk_lost_is_noticed_by_loads_once_verify_has_found_it(store, installed):
+    file = installed / DATA
+    status = file.stat()
+    flip(file)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert store.find(KEY), "its size and its time are what they were"
+    assert [fault.path for fault in store.verify(KEY)] == [file]
+    with pytest.raises(ModelFormatError, match="is damaged"):
+        store.find(KEY)
