@@ -22,7 +22,7 @@ from phirt.cli.pull import pull
 from phirt.cli.rm import remove
 from phirt.cli.run import run
 from phirt.cli.show import show
-from phirt.cli.terminal import is_broken_pipe, open_log, use_utf8
+from phirt.cli.terminal import is_broken_pipe, open_log, plain, use_utf8
 from phirt.cli.verify import verify
 from phirt.errors import PhirtError
 
@@ -74,5 +74,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(status: int, message: str) -> int:
-    print(f"phirt: {message}", file=sys.stderr)
+    print(plain(f"phirt: {message}"), file=sys.stderr)
     return status

@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from phirt.cli.progress import ProgressBars
-from phirt.cli.terminal import is_terminal
+from phirt.cli.terminal import is_terminal, plain
 
 if TYPE_CHECKING:
     from phirt import PullPlan
@@ -44,7 +44,7 @@ class Announcer:
         """
         self.plan = plan
         self._bars.stop()
-        print(f"phirt: {plan}", file=sys.stderr)
+        print(plain(f"phirt: {plan}"), file=sys.stderr)
         if plan.bytes <= _MUCH_BYTES or self._yes:
             return
         size = f"{plan.bytes / 1e9:.1f} GB"

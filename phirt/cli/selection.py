@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from phirt.cli.terminal import plain
 from phirt.errors import ModelNotFoundError
 from phirt.models.inventory import InstalledModel, is_key
 from phirt.models.store import Store
@@ -66,11 +67,12 @@ def as_json(model: InstalledModel) -> dict[str, Any]:
 
 def print_json(document: object) -> None:
     """Print one JSON document."""
-    print(json.dumps(document, indent=2, ensure_ascii=False))
+    print(plain(json.dumps(document, indent=2, ensure_ascii=False)))
 
 
 def print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
     """Print columns that fit their contents."""
+    rows = [tuple(map(plain, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     for row in (header, *rows):
         cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))

@@ -8,6 +8,7 @@ from typing import Any
 
 from phirt.cli.list import describe_entry
 from phirt.cli.selection import as_json, installed_as, keys_of, print_json
+from phirt.cli.terminal import plain
 from phirt.models.catalog import CatalogEntry, HubSource, list_models
 from phirt.models.hub_names import HubName
 from phirt.models.inventory import InstalledModel
@@ -110,13 +111,14 @@ def _checked(date: str | None) -> str:
 
 
 def _print_installed(model: InstalledModel) -> None:
-    print(f"{model.name}, installed as {model.key}")
+    print(plain(f"{model.name}, installed as {model.key}"))
     print(f"  path          {model.path}")
-    print(f"  format        {model.format}, {model.precision}, {model.manifest.architecture}")
+    form = f"{model.format}, {model.precision}, {model.manifest.architecture}"
+    print(plain(f"  format        {form}"))
     print(f"  size          {megabytes(model.bytes)} in {len(model.manifest.files)} files")
-    print(f"  source        {model.source or 'not known'}")
+    print(plain(f"  source        {model.source or 'not known'}"))
     if model.revision:
-        print(f"  revision      {model.revision}")
+        print(plain(f"  revision      {model.revision}"))
     if model.last_used:
         print(f"  last used     {model.last_used:%Y-%m-%d %H:%M} UTC")
 
@@ -126,6 +128,6 @@ def _print_remote(remote: dict[str, Any]) -> None:
     print(f"{remote['repository']} at {remote['revision']}, not installed")
     print(f"  licence       {remote['license'] or 'not named'}{gated}")
     for described in remote["described"]:
-        print(f"  {described}")
+        print(plain(f"  {described}"))
     if not remote["described"]:
         print("  nothing in a form that phirt reads")

@@ -7,11 +7,21 @@ import errno
 import io
 import logging
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["is_broken_pipe", "is_terminal", "open_log", "use_utf8"]
+__all__ = ["is_broken_pipe", "is_terminal", "open_log", "plain", "use_utf8"]
+
+
+# What a terminal takes for orders, and what turns the direction of writing.
+_ORDERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def plain(text: str) -> str:
+    """A text with a stranger's words in it, such as a file's name, fit for a terminal."""
+    return _ORDERS.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -48,7 +58,7 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         # A log that cannot be written must not end the work that it tells of.
         with contextlib.suppress(OSError):
-            print(self.format(record), file=sys.stderr)
+            print(plain(self.format(record)), file=sys.stderr)
 
 
 def open_log(verbosity: int) -> None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from phirt.cli.arguments import UsageError
 from phirt.cli.progress import ProgressBars
 from phirt.cli.selection import keys_of, print_json
+from phirt.cli.terminal import plain
 from phirt.models.integrity import Fault
 from phirt.models.store import Store
 from phirt.types import Progress, ProgressCallback
@@ -45,7 +46,7 @@ def verify(arguments: argparse.Namespace) -> int:
         print_json({"checked": checked, "faults": found})
     else:
         for fault in faults:
-            print(fault)
+            print(plain(str(fault)))
         print(f"{checked} {'model' if checked == 1 else 'models'} checked: {_verdict(faults)}")
     return 1 if faults else 0
 

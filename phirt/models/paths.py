@@ -22,6 +22,8 @@ _FAULTS = tuple(
         (r"[^/\\]*[/\\]", "it contains a separator"),
         (r"[^:]*:", "it contains a colon, which names a drive or a stream"),
         (r'[^\x00-\x1f\x7f<>"|?*]*[\x00-\x1f\x7f<>"|?*]', "it contains a forbidden character"),
+        # A terminal takes them for orders, or writes the rest from right to left.
+        (r".*[\x80-\x9f\u2028-\u202e\u2066-\u2069]", "it contains a forbidden character"),
         (r"[^\ud800-\udfff]*[\ud800-\udfff]", "it is not valid Unicode"),
         (r" |.*[. ]\Z", "it begins with a space, or ends with a space or a dot"),
         # Windows opens these as devices, whatever the extension and in any folder.

@@ -368,3 +368,28 @@ def test_every_command_has_its_arguments_and_its_function():
         arguments = parse([name, *needs, "--json", "-v"])
         assert isinstance(arguments, argparse.Namespace)
         assert (arguments.command, arguments.json, arguments.verbose) == (name, True, 1)
+
+
+ORDERS = "x\x1b[31m\x9b2J\u202e"
+
+
+def test_what_a_model_says_of_itself_gives_the_terminal_no_orders(pulled, run):
+    manifest = json.loads((pulled / "phirt.json").read_text())
+    manifest |= {"architecture": ORDERS, "precision": ORDERS, "name": ORDERS, "source": {}}
+    (pulled / "phirt.json").write_text(json.dumps(manifest))
+    for arguments in (("list",), ("show", pulled.name), ("list", "--json"), ("show", ORDERS)):
+        outcome = run(*arguments)
+        assert outcome.status == 0
+        assert "\\u009b" in outcome.out
+        assert not set(outcome.out) & {"\x1b", "\x9b", "\u202e"}, arguments
+    assert json.loads(run("list", "--json").out)["models"][0]["name"] == ORDERS
+    assert not set(run("show", "absent" + ORDERS).err) & {"\x1b", "\x9b", "\u202e"}
+
+
+def test_a_folder_of_another_name_among_the_models_is_nobodys_model(pulled, run):
+    (pulled.parent / "My_Model").mkdir()
+    (pulled.parent / "My_Model" / "phirt.json").write_text("{")
+    for command in ("rm", "verify", "show"):
+        outcome = run(command, "My_Model")
+        assert outcome.status == 1
+        assert "No model 'My_Model' is in the store" in outcome.err

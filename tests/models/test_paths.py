@@ -124,3 +124,8 @@ def test_a_folder_that_is_itself_reached_through_a_link_is_taken(tmp_path, link)
     link(tmp_path / "name", real)
     check_links(tmp_path / "name")
     assert resolve_inside(tmp_path / "name", "x") == (real / "x").resolve()
+
+
+@pytest.mark.parametrize("character", ["\x1b", "\x9b", "\u2028", "\u202e", "\u2066"])
+def test_a_name_gives_a_terminal_no_orders(character):
+    assert "forbidden" in str(plain_name_fault(f"model{character}.onnx"))
