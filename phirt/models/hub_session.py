@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from phirt._version import __version__
 from phirt.errors import ModelNotFoundError, UnsafeModelError
@@ -129,15 +130,24 @@ class Patience:
 
 
 def endpoint() -> str:
-    """The hub's address: HF_ENDPOINT as it is now, or that of huggingface_hub."""
+    """The hub's address: HF_ENDPOINT as it is now, or that of huggingface_hub.
+
+    Raises:
+        ModelNotFoundError: It is no address.
+    """
     from huggingface_hub import constants
 
-    return (os.environ.get("HF_ENDPOINT") or constants.HUGGINGFACE_CO_URL_HOME).rstrip("/")
+    address = os.environ.get("HF_ENDPOINT") or constants.HUGGINGFACE_CO_URL_HOME
+    try:  # here, since huggingface_hub fails on it when it is imported, and says no more
+        _ = urlsplit(address).port
+    except ValueError as error:
+        raise ModelNotFoundError(f"HF_ENDPOINT is no address of a hub: {error}.") from error
+    return address.rstrip("/")
 
 
 def shown_endpoint() -> str:
     """The hub's address, for an error: without a password that may be in it."""
-    return re.sub(r"//[^/@]*@", "//", endpoint())
+    return re.sub(r"//[^/]*@", "//", endpoint())
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from phirt.errors import ModelNotFoundError
+from phirt.models.hub_session import shown_endpoint
 from tests.hub.conftest import FILES, REPO, content_of, snapshot_of
 from tests.hub.fake_hub import FakeHub
 
@@ -151,3 +152,16 @@ def test_with_a_token_that_was_not_let_in_it_says_where_to_accept(gated, pull, t
 def test_with_one_that_was_the_model_arrives(gated, pull, token):
     gated.accepted[TOKEN] = {GATED}
     assert content_of(pull(snapshot=snapshot_of(GATED))) == FILES
+
+
+@pytest.mark.parametrize("address", ["http://user:secret@127.0.0.1:bad", "http://[::1"])
+def test_an_endpoint_that_is_no_address_is_a_typed_error(network, monkeypatch, address):
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    with pytest.raises(ModelNotFoundError, match="HF_ENDPOINT is no address") as caught:
+        snapshot_of()
+    assert "secret" not in str(caught.value)
+
+
+def test_no_part_of_a_password_in_the_endpoint_is_shown(network, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://user:sec@ret@127.0.0.1:9")
+    assert shown_endpoint() == "http://127.0.0.1:9"
