@@ -7,6 +7,7 @@ that need a process or a terminal of their own.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -125,6 +126,8 @@ class TerminalModel(FakeModel):
 
 
 if __name__ == "__main__":
+    # A shell starts what runs in the background with SIGINT ignored, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform != "win32" and os.environ.get("PHIRT_TEST_TERMINAL"):
         # The tests' pseudo terminal becomes this session's own, so that ^C is a signal.
         import fcntl
