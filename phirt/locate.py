@@ -19,6 +19,7 @@ from phirt.models.catalog import DEFAULT_MODEL, get_entry, list_models
 from phirt.models.folder import ModelFolder, held_formats, read_folder
 from phirt.models.hashing import remembered_sha256
 from phirt.models.hub_names import HubName
+from phirt.models.layouts import find_layout, fingerprint
 from phirt.models.store import Store
 from phirt.remote import Announce, obtain, options_of
 from phirt.types import ProgressCallback
@@ -225,7 +226,11 @@ def _from_folder(path: Path, wanted: Wanted) -> ModelFolder:
         )
     from phirt.build.sources import digest_texts
 
-    source_id = read_folder(path, name=name, formats=(_CONVERTIBLE,)).artifact.weights_id
+    folder = read_folder(path, name=name, formats=(_CONVERTIBLE,))
+    source_id = folder.artifact.weights_id
+    if folder.manifest is not None and not path.resolve().is_relative_to(Store().root.resolve()):
+        # Whoever made the folder may claim any identity, and with it another model's artifact.
+        source_id = fingerprint(path, find_layout(path, (_CONVERTIBLE,)))
     # A folder of the user's own may be edited, and the weights alone would not show it.
     texts = digest_texts(path)
     return convert_checkpoint(path, name=name, source_id=source_id, wanted=wanted, texts=texts)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from phirt.locate import locate
-from phirt.models.folder import ModelFolder
+from phirt.models.folder import ModelFolder, read_folder
+from phirt.models.manifest import write_manifest
 from phirt.testing import write_tiny_checkpoint
 
 Edit = Callable[[Path], object]
@@ -55,3 +56,25 @@ def test_what_was_converted_has_the_new_template(folder: Path) -> None:
     convert(folder)
     set_template(folder)
     assert convert(folder).chat_template == "{{ messages[0]['content'] }}"
+
+
+def test_a_folder_does_not_get_another_models_artifact_by_claiming_its_weights(
+    folder: Path, tmp_path: Path
+) -> None:
+    claimed = read_folder(folder, formats=("safetensors",)).artifact.weights_id
+    genuine = convert(folder)
+    other = write_tiny_checkpoint(tmp_path / "elsewhere" / "tiny", "llama", seed=5)
+    for weights_id in (claimed, "sha256:../../.."):
+        write_manifest(
+            other,
+            weights_id=weights_id,
+            architecture="llama",
+            precision="fp32",
+            source={},
+            versions={},
+        )
+        converted = convert(other)
+        assert converted.artifact.path != genuine.artifact.path
+        assert converted.artifact.weights_id != genuine.artifact.weights_id
+        assert converted.manifest is not None
+        assert weights_id not in str(converted.manifest.source)
