@@ -124,7 +124,7 @@ def claimable(place: Path) -> Iterator[Path]:
     """
     try:
         entries = list(place.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for entry in entries:
         with suppress(FileNotFoundError):

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
-from phirt.errors import ModelError
+from phirt.errors import ModelError, StoreError
 from phirt.models.hashing import sha256_of
 from phirt.models.integrity import Fault, faults_of
 from phirt.models.layouts import held_formats
@@ -173,3 +173,7 @@ def _folders(parent: Path) -> list[Path]:
         return sorted(entry for entry in parent.iterdir() if entry.is_dir())
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise StoreError(
+            f"The store cannot be read: {error}. Set PHIRT_HOME to a folder of your own."
+        ) from error

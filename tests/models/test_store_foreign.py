@@ -10,6 +10,7 @@ import pytest
 
 from phirt.errors import StoreError
 from phirt.models.hashing import remembered_sha256
+from phirt.models.hub_partial import claimable
 from phirt.models.store import Store
 from tests.models.store_content import CONTENT, KEY, SHA256, fill, fill_source
 
@@ -115,3 +116,13 @@ def test_a_folder_without_manifest_is_not_removed(store):
     with pytest.raises(StoreError, match=r"holds no phirt\.json.*Delete the folder yourself"):
         store.remove("notes")
     assert (folder / "diary.txt").exists()
+
+
+def test_a_file_where_the_store_has_a_folder_is_a_typed_error(store):
+    store.root.mkdir()
+    (store.root / "models").write_text("mine")
+    for use in (store.installed, store.verify, lambda: store.collect(converter_version=1)):
+        with pytest.raises(StoreError, match="models"):
+            use()
+    (store.root / "partial").write_text("mine")
+    assert list(claimable(store.root / "partial" / SHA256)) == []
