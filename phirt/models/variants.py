@@ -58,6 +58,9 @@ _GGUF_ORDER = (
     *("f16", "fp16", "bf16", "f32", "fp32"),
 )
 _GGUF_PART = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
+# A model in several files is not converted. Beside models there are their encoders of images,
+# and the statistics that they were quantized with.
+_NO_GGUF_MODEL = re.compile(rf"{_GGUF_PART.pattern}|mmproj|imatrix")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,8 +198,7 @@ class _Look:
 
     def gguf(self, folder: str, names: Mapping[str, int]) -> Iterator[Variant]:
         for name in names:
-            # A model in several files is not converted, nor one for images beside the text.
-            if name.endswith(".gguf") and not _GGUF_PART.search(name) and "mmproj" not in name:
+            if name.endswith(".gguf") and not _NO_GGUF_MODEL.search(name):
                 precision = _precision(name)
                 order = len(_GGUF_ORDER)
                 if precision in _GGUF_ORDER:
@@ -229,6 +231,8 @@ class _Look:
     ) -> Variant:
         files = [(place, name) for place, names in chosen.items() for name in names]
         words = set(re.split(r"[^a-z0-9]+", folder.lower()))
+        if words & {"cuda", "directml", "dml", "webgpu"}:
+            words.discard("gpu")  # of all the builds for GPUs, this one is for one kind
         exported = layout in ("onnx-genai", "onnx")
         # The Model Builder's accuracy_level 4 computes in 8 bits, which is faster on the CPU.
         slower = exported and layout == "onnx-genai" and "acc-level-4" not in folder
@@ -258,7 +262,9 @@ def _safetensors(names: Mapping[str, int]) -> list[str]:
     all_of = sorted(name for name in names if re.fullmatch(r"model.*\.safetensors", name))
     if INDEX_NAME in names:
         shards = [name for name in all_of if re.search(r"-\d+-of-\d+\.safetensors$", name)]
-        return [INDEX_NAME, *(shards or all_of)]
+        # Of "model.fp16-00001-of-..." beside "model-00001-of-...", the index names the latter.
+        plain = [name for name in shards if re.match(r"model-\d", name)]
+        return [INDEX_NAME, *(plain or shards or all_of)]
     return ["model.safetensors"] if "model.safetensors" in all_of else all_of
 
 
@@ -282,7 +288,11 @@ def _within(
             f"{', '.join(near[:12]) or 'none'}."
         )
     return [
-        variant for variant in found if variant.folder == path or variant.folder.startswith(inside)
+        variant
+        for variant in found
+        if variant.folder == path
+        or variant.folder.startswith(inside)
+        or any(file.startswith(inside) for file in variant.files)
     ]
 
 
@@ -306,6 +316,11 @@ def _nothing_fits(
             f"{place} holds its weights as a pickle ({pickle}), which can run any code when it is "
             "opened, so phirt does not fetch it. Name a repository with safetensors, GGUF, ONNX "
             "or OpenVINO files."
+        )
+    if any(_GGUF_PART.search(name) for name in sizes):
+        return UnsupportedModelError(
+            f"{place} holds .gguf models in several parts only, which phirt does not read. Name "
+            "a repository with one in one file, or with safetensors."
         )
     kinds = sorted({PurePosixPath(name).suffix or name for name in sizes})
     return UnsupportedModelError(

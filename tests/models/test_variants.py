@@ -6,7 +6,7 @@ import pytest
 
 from phirt.errors import ModelNotFoundError, UnsafeModelError, UnsupportedModelError
 from phirt.models.layouts import ONNX_NAMES
-from phirt.models.variants import GGUF, choose_variant, list_variants
+from phirt.models.variants import GGUF, Variant, choose_variant, list_variants
 
 GENAI = ("onnx-genai", "onnx")
 CHECKPOINTS = ("safetensors", GGUF)
@@ -185,3 +185,42 @@ def test_a_variant_describes_itself():
         "onnx-genai, int4, 2,334 MB, in cuda/cuda-int4-rtn-block-32"
     )
     assert choose(GGUFS, CHECKPOINTS).described == "gguf, q8_0, 531 MB, in Qwen-Q8_0.gguf"
+
+
+_TEXT_SIZES = {"config.json": 1, "tokenizer.json": 1}
+
+
+def _choose(sizes: dict[str, int], *, device: str = "cpu", path: str | None = None) -> Variant:
+    formats = ("onnx-genai", "onnx", "safetensors", GGUF)
+    return choose_variant(sizes, formats=formats, device=device, repository="o/r", path=path)
+
+
+def test_a_build_for_cuda_among_those_for_gpus_is_for_cuda_alone():
+    build = {"genai_config.json": 1, "tokenizer.json": 1, "model.onnx": 5}
+    folders = ("gpu/cuda-fp16", "gpu/gpu-int4")
+    sizes = {f"{folder}/{name}": size for folder in folders for name, size in build.items()}
+    assert _choose(sizes, device="directml").folder == "gpu/gpu-int4"
+    assert _choose(sizes, device="cuda").folder == "gpu/cuda-fp16"
+
+
+def test_statistics_for_quantizing_are_no_model():
+    assert _choose({"a-imatrix.gguf": 1, "a-Q3_K_S.gguf": 5}).files == ("a-Q3_K_S.gguf",)
+
+
+def test_of_two_sets_of_shards_the_one_that_the_index_names_is_taken():
+    shards = {f"model-0000{part}-of-00002.safetensors": 5 for part in (1, 2)}
+    other = {"model.fp16-00001-of-00001.safetensors": 5}
+    sizes = {**_TEXT_SIZES, "model.safetensors.index.json": 1, **shards, **other}
+    assert not set(other) & set(_choose(sizes).files)
+    assert set(shards) <= set(_choose(sizes).files)
+
+
+def test_a_folder_of_graphs_alone_may_be_named():
+    sizes = {**_TEXT_SIZES, "onnx/model.onnx": 5, "model.safetensors": 9}
+    files = _choose(sizes, path="onnx").files
+    assert set(files) == {"config.json", "tokenizer.json", "onnx/model.onnx"}
+
+
+def test_a_gguf_file_in_parts_is_said_to_be_what_it_is():
+    with pytest.raises(UnsupportedModelError, match="in several parts"):
+        _choose({"a-q8_0-00001-of-00002.gguf": 5, "a-q8_0-00002-of-00002.gguf": 5})
