@@ -119,7 +119,10 @@ def faults_of_model(path: Path, progress: ProgressCallback | None = None) -> lis
 
 
 def faults_of_sources(root: Path, progress: ProgressCallback | None = None) -> list[Fault]:
-    """Fetched files whose content is not what their folder is named for."""
+    """Fetched files whose content is not what their folder is named for.
+
+    They are given a new time, as in `faults_of`.
+    """
     faults = []
     for folder in _folders(root / "sources"):
         if not _SHA256.fullmatch(folder.name):
@@ -131,6 +134,10 @@ def faults_of_sources(root: Path, progress: ProgressCallback | None = None) -> l
                 if sha256_of(file, progress=progress) == folder.name:
                     continue
                 problem = f"is damaged: its SHA-256 is not {folder.name}."
+                with suppress(OSError):  # so that it is hashed, and fetched again, when wanted
+                    os.utime(file)
+            except FileNotFoundError:  # removed a moment ago
+                continue
             except OSError as error:
                 problem = f"cannot be read: {error.strerror or error}."
             faults.append(Fault(key=folder.name, path=file, problem=problem))

@@ -99,6 +99,18 @@ def test_a_damaged_source_is_named(store):
     assert store.verify(install_converted(store).name) == [], "of this model alone"
 
 
+def test_a_damaged_source_is_fetched_again_once_verify_has_found_it(store):
+    file = store.install_source(SHA256, "x.gguf", fill_source, size=len(CONTENT))
+    status = file.stat()
+    file.write_bytes(CONTENT[::-1])
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert len(store.verify()) == 1
+    assert store.find_source(SHA256, "x.gguf", size=len(CONTENT)) is None
+    again = store.install_source(SHA256, "x.gguf", fill_source, size=len(CONTENT))
+    assert again.read_bytes() == CONTENT
+    assert store.verify() == []
+
+
 # Removing.
 
 
