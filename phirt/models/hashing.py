@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import secrets
+import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -55,6 +56,9 @@ def remembered_sha256(
     path = path.resolve()
     status = path.stat()
     known = {"path": str(path), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    if sys.platform != "win32":  # where this is the time of creation
+        # Whoever copies or unpacks a file may set its time of modification, but not this one.
+        known["ctime_ns"] = status.st_ctime_ns
     record = records / f"{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
     try:
         found = read_json(record)
