@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from phirt.models.store import Store
 
 # Read once, when onnxruntime is imported, which some tests do before phirt does.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+# A shell starts what runs in the background with Ctrl-C ignored, and tests are about Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
