@@ -12,7 +12,6 @@ from phirt._version import __version__
 from phirt.build.checkpoint import Checkpoint, CheckpointTensor
 from phirt.build.documents import genai_document, write_json
 from phirt.build.precision import Precision, check_precision
-from phirt.build.repack import EXACT_ENCODINGS
 from phirt.build.sources import Source, open_source
 from phirt.models.decoder_config import DecoderConfig
 from phirt.models.genai_config import GENAI_CONFIG_NAME
@@ -42,9 +41,8 @@ def choose_precision(source: Path, layout: str) -> str:
 
     The fastest whose mean KL divergence from fp32 is under 0.02 (docs/precision.md and
     docs/backends/openvino.md have the measurements): ``"int8"`` for ONNX and OpenVINO, or
-    ``"fp32"`` for a decoder whose widths do not divide into blocks. OpenVINO runs a file's own
-    4-bit and 8-bit blocks as fast as int8, and without loss: ``"exact"`` where it has no
-    others. Folders of safetensors are read by runtimes that compute in float: ``"fp32"``.
+    ``"fp32"`` for a decoder whose widths do not divide into blocks. Folders of safetensors are
+    read by runtimes that compute in float: ``"fp32"``.
 
     Args:
         source: What is to be converted.
@@ -59,20 +57,12 @@ def choose_precision(source: Path, layout: str) -> str:
         return Precision.FP32.value
     with open_source(source, source_id="") as opened:
         config = opened.checkpoint.config
-        if layout == "openvino" and _is_in_blocks(opened.checkpoint):
-            return Precision.EXACT.value
     widths = (config.hidden_size, config.intermediate_size, config.num_heads * config.head_size)
     divisible = all(width % _SMALLEST_BLOCK == 0 for width in widths)
     return (Precision.INT8 if divisible else Precision.FP32).value
 
 
 _SMALLEST_BLOCK = 32
-
-
-def _is_in_blocks(checkpoint: Checkpoint) -> bool:
-    """Whether every matrix is stored in blocks that can be kept as they are."""
-    matrices = (checkpoint.tensor(name) for name in checkpoint.names())
-    return all(len(m.shape) < 2 or m.encoding in EXACT_ENCODINGS for m in matrices)
 
 
 def estimate_bytes(source: Path, precision: str) -> int:

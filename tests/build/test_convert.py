@@ -177,11 +177,8 @@ class TestChoice:
     def test_int8_by_default(self, tiny_q4_1_gguf):
         assert choose_precision(tiny_q4_1_gguf, "onnx-genai") == "int8"
 
-    def test_a_file_s_own_blocks_where_the_runtime_is_as_fast_with_them(
-        self, tiny_q4_1_gguf, tiny_gguf
-    ):
-        assert choose_precision(tiny_q4_1_gguf, "openvino") == "exact"
-        assert choose_precision(tiny_gguf, "openvino") == "int8"
+    def test_int8_for_openvino_too(self, tiny_q4_1_gguf):
+        assert choose_precision(tiny_q4_1_gguf, "openvino") == "int8"
 
     def test_fp32_where_runtimes_compute_in_float(self, tiny_q4_1_gguf):
         assert choose_precision(tiny_q4_1_gguf, "safetensors") == "fp32"
