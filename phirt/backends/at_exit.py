@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["end_daemon", "in_runtime", "is_exiting"]
+__all__ = ["end_daemon", "has_ended", "in_runtime", "is_exiting", "will_end"]
 
 _T = TypeVar("_T")
 
@@ -27,6 +27,8 @@ _LONGEST_WAIT_S = 10.0
 # needed, which a garbage collection, a signal or a fork could find taken.
 _depth: dict[int, int] = {}
 _exiting_thread: int | None = None
+# Threads that have been told to end, and have still to let go of what a runtime gave them.
+_ending: set[threading.Thread] = set()
 
 
 def is_exiting() -> bool:
@@ -63,15 +65,35 @@ def in_runtime(call: Callable[..., _T], *args: Any) -> _T:
             _depth.pop(thread, None)
 
 
+def will_end(thread: threading.Thread) -> None:
+    """The thread is told to end next: the interpreter's exit waits for it."""
+    _ending.add(thread)
+
+
+def has_ended() -> None:
+    """This thread needs no runtime any more."""
+    _ending.discard(threading.current_thread())
+
+
+def _is_busy() -> bool:
+    others = _depth.keys() - {_exiting_thread}
+    return bool(others) or any(thread.is_alive() for thread in tuple(_ending))
+
+
 def _wait() -> None:
     global _exiting_thread  # noqa: PLW0603 - there is one interpreter, and it exits once
     _exiting_thread = threading.get_ident()
     deadline = time.monotonic() + _LONGEST_WAIT_S
-    while _depth.keys() - {_exiting_thread} and time.monotonic() < deadline:
+    while _is_busy() and time.monotonic() < deadline:
         time.sleep(0.001)
+
+
+def _forget_threads() -> None:
+    _depth.clear()
+    _ending.clear()
 
 
 atexit.register(_wait)
 if sys.platform != "win32":
     # The threads of the parent are not in the child.
-    os.register_at_fork(after_in_child=_depth.clear)
+    os.register_at_fork(after_in_child=_forget_threads)

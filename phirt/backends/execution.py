@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Literal, Protocol, TypeVar
 
-from phirt.backends.at_exit import end_daemon, in_runtime, is_exiting
+from phirt.backends.at_exit import end_daemon, has_ended, in_runtime, is_exiting, will_end
 from phirt.errors import SessionClosedError
 
 __all__ = ["Execution", "InTurn", "OneThread", "Parallel"]
@@ -91,7 +91,7 @@ class OneThread:
             target=_serve, args=(self._calls, at_end), name=name, daemon=True
         )
         self._thread.start()
-        weakref.finalize(self, self._calls.put, None).atexit = False
+        weakref.finalize(self, _end, self._thread, self._calls).atexit = False
 
     def run(self, call: Callable[..., _T], *args: Any) -> _T:
         """Run the call on the thread, and wait for it.
@@ -120,11 +120,16 @@ class OneThread:
             if self._closed:
                 return
             self._closed = True
-            if is_exiting():
-                return
-            self._calls.put(None)
-        if threading.current_thread() is not self._thread:
+            _end(self._thread, self._calls)
+        if threading.current_thread() is not self._thread and not is_exiting():
             self._thread.join()
+
+
+def _end(thread: threading.Thread, calls: queue.SimpleQueue[Any]) -> None:
+    """Tell an owner thread to end; once Python is exiting it stays where it is."""
+    if not is_exiting():
+        will_end(thread)
+        calls.put(None)
 
 
 def _serve(calls: queue.SimpleQueue[Any], at_end: Callable[[], object]) -> None:
@@ -136,7 +141,10 @@ def _serve(calls: queue.SimpleQueue[Any], at_end: Callable[[], object]) -> None:
             future.set_exception(error)  # It belongs to the caller's thread.
         # Not kept until the next call: what it refers to may be large.
         del item, future, call, args
-    in_runtime(at_end)
+    try:
+        at_end()  # Python waits for it, if it is exiting meanwhile.
+    finally:
+        has_ended()
 
 
 def _wait(future: Future[_T]) -> _T:

@@ -508,6 +508,19 @@ assert resource.getrlimit(resource.RLIMIT_NOFILE) == before
 print(sorted({"torch", "transformers", "mlx_lm", "huggingface_hub"} & sys.modules.keys()))
 """
 
+_DROPPED_AT_THE_END = """
+import sys
+from pathlib import Path
+from phirt.backends.mlx import MlxBackend
+from phirt.models.folder import read_folder
+from phirt.protocols import LoadOptions
+def main():
+    artifact = read_folder(Path(sys.argv[1]), formats=MlxBackend.formats).artifact
+    model = MlxBackend().load(artifact, "cpu", LoadOptions())
+    model.new_session(max_length=9, expected_length=9).prefill([1, 2, 3])
+main()
+"""
+
 _OUT_OF_MEMORY = """
 import resource, sys
 from pathlib import Path
@@ -538,6 +551,11 @@ class TestInAProcessOfItsOwn:
     def test_neither_mlx_lm_nor_what_it_imports_is_imported(self, folders: dict[str, Path]) -> None:
         """Importing it takes seconds and lowers the limit of open files for good."""
         assert run(_LOAD_ALONE, folders["llama"]) == "[]"
+
+    def test_a_model_that_is_dropped_just_before_the_end(self, folders: dict[str, Path]) -> None:
+        """Its thread has been told to end, and Python waits for that: MLX would abort."""
+        for _ in range(3):
+            assert run(_DROPPED_AT_THE_END, folders["llama"]) == ""
 
     @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS binds on Linux")
     def test_no_memory_is_an_error_and_not_the_end(self, tmp_path: Path) -> None:
