@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import queue
 import secrets
 import sys
+import threading
 import time
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,7 +18,9 @@ from phirt.errors import ModelError
 from phirt.models.safe_json import read_json
 from phirt.types import Progress, ProgressCallback
 
-__all__ = ["remembered_sha256", "sha256_of"]
+__all__ = ["BackgroundDigest", "remembered_sha256", "sha256_of"]
+
+_WAITING_CHUNKS = 16
 
 _BLOCK_BYTES = 1 << 20
 # A file written this recently may be written again within one tick of its file system's
@@ -76,3 +81,49 @@ def remembered_sha256(
             partial.write_text(json.dumps({**known, "sha256": sha256}), encoding="utf-8")
             partial.replace(record)
     return sha256
+
+
+class BackgroundDigest:
+    """A hash that is computed on a thread of its own, beside whoever brings the bytes.
+
+    hashlib lets go of the interpreter's lock while it hashes, so that a download and its hash
+    take the time of the slower one and not of both. The thread ends when this is collected.
+
+    Args:
+        digest: The hash to feed.
+    """
+
+    def __init__(self, digest: hashlib._Hash) -> None:
+        self._digest = digest
+        self._chunks: queue.SimpleQueue[bytes | threading.Event | None] = queue.SimpleQueue()
+        # Bounds what waits: a fast line must not fill the memory.
+        self._room = threading.Semaphore(_WAITING_CHUNKS)
+        threading.Thread(
+            target=_hash_all, args=(digest, self._chunks, self._room), daemon=True
+        ).start()
+        weakref.finalize(self, self._chunks.put, None)
+
+    def update(self, chunk: bytes) -> None:
+        """Take a chunk, which must not be changed afterwards; waits if too many are waiting."""
+        self._room.acquire()
+        self._chunks.put(chunk)
+
+    def hexdigest(self) -> str:
+        """The hash of all chunks so far."""
+        done = threading.Event()
+        self._chunks.put(done)
+        done.wait()
+        return self._digest.hexdigest()
+
+
+def _hash_all(
+    digest: hashlib._Hash,
+    chunks: queue.SimpleQueue[bytes | threading.Event | None],
+    room: threading.Semaphore,
+) -> None:
+    while (chunk := chunks.get()) is not None:
+        if isinstance(chunk, threading.Event):
+            chunk.set()
+        else:
+            digest.update(chunk)
+            room.release()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from phirt.errors import UnsafeModelError
+from phirt.models.hashing import BackgroundDigest
 from phirt.models.hub import HubFile, HubSnapshot, explain_refusal
 from phirt.models.hub_cache import cached_files
 from phirt.models.hub_names import HubName, path_fault
@@ -293,8 +294,9 @@ class _Fetch:
         )
 
 
-def _digest(file: HubFile) -> hashlib._Hash:
+def _digest(file: HubFile) -> BackgroundDigest:
     if file.sha256 is not None:
-        return hashlib.sha256()
+        return BackgroundDigest(hashlib.sha256())
     # git's own names, not a signature: the listing that gives them is what is trusted.
-    return hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    git = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
+    return BackgroundDigest(git)

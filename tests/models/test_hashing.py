@@ -3,11 +3,12 @@
 import hashlib
 import os
 import sys
+import threading
 
 import pytest
 
 from phirt.models import hashing
-from phirt.models.hashing import remembered_sha256, sha256_of
+from phirt.models.hashing import BackgroundDigest, remembered_sha256, sha256_of
 from phirt.types import Progress
 
 LONG_AGO = 1_000_000_000  # seconds
@@ -93,3 +94,22 @@ def test_a_damaged_record_is_made_anew(file, read, tmp_path, damage):
 def test_records_that_cannot_be_written_do_no_harm(file, tmp_path):
     (tmp_path / "records").write_bytes(b"a file where the folder should be")
     assert remembered_sha256(file, tmp_path / "records") == sha256(b"content")
+
+
+class TestBackgroundDigest:
+    def test_is_the_hash_of_all_chunks_so_far(self):
+        digest = BackgroundDigest(hashlib.sha256())
+        data = bytes(range(256)) * 300
+        for start in range(0, len(data), 777):
+            digest.update(data[start : start + 777])
+        assert digest.hexdigest() == hashlib.sha256(data).hexdigest()
+        digest.update(b"more")
+        assert digest.hexdigest() == hashlib.sha256(data + b"more").hexdigest()
+
+    def test_its_thread_ends_with_it(self):
+        before = set(threading.enumerate())
+        digest = BackgroundDigest(hashlib.sha256())
+        (thread,) = set(threading.enumerate()) - before
+        del digest
+        thread.join(10)
+        assert not thread.is_alive()
