@@ -30,7 +30,6 @@ class GgufSource:
         self.name = path.name
         self.checkpoint = checkpoint
         self._path = path
-        self._tokenizer = read_tokenizer(checkpoint.file, tokens=checkpoint.tokens)
         self._id = source_id
 
     @property
@@ -42,7 +41,10 @@ class GgufSource:
 
     def write_text_files(self, out_dir: Path) -> None:
         """Write what the file's metadata holds."""
-        tokenizer, config = self._tokenizer, self.checkpoint.config
+        # Read here and not before: every load opens the file, to choose a precision, and this
+        # takes four times as long as all else that it looks at.
+        tokenizer = read_tokenizer(self.checkpoint.file, tokens=self.checkpoint.tokens)
+        config = self.checkpoint.config
         tokenizer.tokenizer.save(str(out_dir / "tokenizer.json"))
         if tokenizer.chat_template is not None:
             template = tokenizer.chat_template.encode()
