@@ -10,7 +10,8 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
-from phirt.dispatch.candidates import Candidates
+from phirt.devices.names import DeviceName
+from phirt.dispatch.candidates import Candidate, Candidates
 from phirt.dispatch.select import Selection, load_first
 from phirt.errors import ModelNotFoundError, SessionClosedError, UnsupportedModelError
 from phirt.generation.loop import DecodeLoop
@@ -90,16 +91,15 @@ def load(
     started = time.perf_counter()
     located: list[Path] = []
 
-    def find_folder(formats: tuple[str, ...]) -> ModelFolder:
+    def find_folder(candidate: Candidate) -> ModelFolder:
         nonlocal started
         folder = locate(
             model,
-            formats=formats,
+            formats=candidate.backend.formats,
             precision=precision,
             offline=offline,
             progress=progress,
-            # "auto" takes a backend's CPU.
-            device="cpu" if candidates.device.kind == "auto" else candidates.device.kind,
+            device=DeviceName.parse(candidate.device).kind,
             announce=announce,
             # What is in the store for a backend further down is not fetched once more.
             settle=backend == "auto" and precision == "auto",

@@ -23,8 +23,8 @@ __all__ = ["FindFolder", "Selection", "load_first"]
 
 _logger = logging.getLogger(__name__)
 
-FindFolder = Callable[[tuple[str, ...]], ModelFolder]
-"""Finds or makes the model's folder in one of the layouts given, preferred first."""
+FindFolder = Callable[[Candidate], ModelFolder]
+"""Finds or makes the model's folder in a layout that the candidate's backend reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +51,8 @@ def load_first(candidates: Candidates, find_folder: FindFolder, options: LoadOpt
 
     Args:
         candidates: Backends and devices to try.
-        find_folder: Called with the layouts that a backend reads. Where it raises
-            `UnsupportedModelError`, the next candidate is tried.
+        find_folder: Called with each candidate whose turn comes. Where it raises
+            `UnsupportedModelError`, the next one is tried.
         options: Passed on to the backend.
 
     Raises:
@@ -65,7 +65,7 @@ def load_first(candidates: Candidates, find_folder: FindFolder, options: LoadOpt
     for candidate in candidates:
         name = candidate.backend.name
         try:
-            folder = find_folder(candidate.backend.formats)
+            folder = find_folder(candidate)
             verdict = candidate.backend.accepts(folder.artifact, candidate.device)
             if isinstance(verdict, Reject):
                 failures.append(_Failure(candidate, _sentence(candidate, verdict), None))

@@ -76,7 +76,11 @@ def backends(monkeypatch):
     return register
 
 
-def load(device="auto", backend="auto", find=lambda formats: folder_of(formats[0])):
+def find_first(candidate):
+    return folder_of(candidate.backend.formats[0])
+
+
+def load(device="auto", backend="auto", find=find_first):
     wanted = candidates.Candidates(device=device, backend=backend)
     wanted.check()
     return load_first(wanted, find, LoadOptions())
@@ -120,10 +124,10 @@ def test_auto_imports_no_more_runtimes_than_it_takes(backends):
 
 
 def test_auto_goes_on_where_a_backend_cannot_have_the_model(backends):
-    def find(formats):
-        if formats == ("onnx",):
+    def find(candidate):
+        if candidate.backend.formats == ("onnx",):
             raise UnsupportedModelError("no such graph")
-        return folder_of(formats[0])
+        return folder_of(candidate.backend.formats[0])
 
     backends(first=FakeBackend(formats=("onnx",)), second=FakeBackend(formats=("other",)))
     selection = load(find=find)
@@ -235,7 +239,7 @@ def test_all_fail_and_every_reason_is_told(backends):
 
 
 def test_a_fault_that_all_find_is_told_once(backends):
-    def find(formats):
+    def find(candidate):
         raise UnsupportedModelError("a kind that nobody converts")
 
     backends(first=FakeBackend(), second=FakeBackend())
