@@ -2,28 +2,23 @@
 
 `BaseModel` and `BaseSession` keep the promises of the protocols that do not depend on the
 runtime (states, lengths, threads, process and interruption checks), and leave an adapter
-the steps themselves. `import_runtime` turns an import that fails into the right error.
+the steps themselves.
 """
 
 from __future__ import annotations
 
 import abc
-import importlib
 import threading
 import weakref
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Literal
 
 import numpy as np
 
 from phirt.backends.at_exit import is_exiting
-from phirt.backends.distributions import check_single_owner
 from phirt.backends.execution import Execution
 from phirt.backends.process import ProcessGuard
 from phirt.errors import (
-    BackendBrokenError,
-    BackendNotInstalledError,
     BackendRuntimeError,
     ContextLengthError,
     SessionClosedError,
@@ -41,39 +36,7 @@ from phirt.protocols import (
 )
 from phirt.types import FloatArray
 
-__all__ = ["BaseModel", "BaseSession", "HostLogits", "import_runtime"]
-
-
-def import_runtime(module: str, *, backend: str, extra: str) -> ModuleType:
-    """Import a runtime's top-level module.
-
-    Raises:
-        BackendNotInstalledError: There is no such module.
-        BackendBrokenError: The module is there and its import fails, or two distributions
-            have installed it over each other. An installed runtime that does not import is a
-            broken install, not a missing one.
-    """
-    check_single_owner(module, backend=backend)
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name == module:
-            raise BackendNotInstalledError(
-                f"Backend {backend!r} needs the package {module!r}, which is not installed. "
-                f'Install it with: python -m pip install "phirt[{extra}]"'
-            ) from error
-        raise _broken(module, backend, error) from error
-    # A native module may raise anything at all while it initialises.
-    except Exception as error:
-        raise _broken(module, backend, error) from error
-
-
-def _broken(module: str, backend: str, error: Exception) -> BackendBrokenError:
-    return BackendBrokenError(
-        f"Backend {backend!r}: {module!r} is installed, but importing it failed with "
-        f"{type(error).__name__}: {error}. Reinstall it with: "
-        f"python -m pip install --force-reinstall {module}"
-    )
+__all__ = ["BaseModel", "BaseSession", "HostLogits"]
 
 
 class HostLogits:

@@ -1,17 +1,14 @@
 """What every adapter inherits."""
 
-import sys
 import threading
 import time
 import weakref
 
 import pytest
 
-from phirt.backends.base import BaseSession, import_runtime
+from phirt.backends.base import BaseSession
 from phirt.backends.execution import InTurn
 from phirt.errors import (
-    BackendBrokenError,
-    BackendNotInstalledError,
     BackendRuntimeError,
     ContextLengthError,
     SessionClosedError,
@@ -213,23 +210,3 @@ def test_a_model_that_is_closed_while_a_session_waits_its_turn_says_so():
     holder.join(timeout=30)
     assert caught
     assert model.sessions_opened == 0
-
-
-class TestImportRuntime:
-    def test_missing(self):
-        with pytest.raises(BackendNotInstalledError, match=r"phirt\[some-extra\]") as caught:
-            import_runtime("no_such_runtime_xyz", backend="b", extra="some-extra")
-        assert isinstance(caught.value, ImportError)
-
-    @pytest.mark.parametrize(
-        "body",
-        ["import a_module_that_it_lacks", "raise OSError('libcuda.so: no such file')", "1/0"],
-        ids=["lacks-a-dependency", "missing-library", "any-exception"],
-    )
-    def test_installed_and_broken_is_not_missing(self, tmp_path, monkeypatch, body):
-        (tmp_path / "broken_runtime_xyz.py").write_text(body)
-        monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.delitem(sys.modules, "broken_runtime_xyz", raising=False)
-        with pytest.raises(BackendBrokenError, match="broken_runtime_xyz") as caught:
-            import_runtime("broken_runtime_xyz", backend="b", extra="e")
-        assert caught.value.__cause__ is not None

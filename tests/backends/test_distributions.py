@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from phirt.backends.base import import_runtime
 from phirt.backends.distributions import check_single_owner
+from phirt.backends.importing import import_runtime
 from phirt.errors import BackendBrokenError
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from phirt.backends.base import import_runtime
+from phirt.backends.importing import import_runtime, unavailable
 from phirt.backends.mlx.config import MlxConfig, read_mlx_config
 from phirt.backends.mlx.decoder import Decoder
 from phirt.backends.mlx.memory import check_host_memory, translate
@@ -38,7 +38,6 @@ from phirt.types import Artifact
 __all__ = ["MlxBackend"]
 
 _NAME = "mlx"
-_INSTALL = 'pip install "phirt[mlx]"'
 _FORMATS = ("mlx", "safetensors")
 _KINDS = ("cpu", "metal", "cuda")
 
@@ -71,10 +70,8 @@ class MlxBackend:
         try:
             mx = _import()
             import_model_module("base")
-        except BackendNotInstalledError as error:
-            return [Availability("cpu", "missing", str(error), _INSTALL)]
-        except BackendBrokenError as error:
-            return [Availability("cpu", "broken", str(error), _INSTALL)]
+        except (BackendNotInstalledError, BackendBrokenError) as error:
+            return unavailable(error, extra=_NAME)
         version = f"mlx {mx.__version__}"
         return [Availability(name, "found", version) for name in _device_names(mx)]
 

@@ -13,8 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from phirt.backends.base import BaseModel, import_runtime
+from phirt.backends.base import BaseModel
 from phirt.backends.execution import InTurn, Parallel
+from phirt.backends.importing import import_runtime, unavailable
 from phirt.backends.onnx_nodes import read_nodes, supported_context
 from phirt.backends.onnxruntime.errors import translate_load
 from phirt.backends.onnxruntime.graph import describe_graph
@@ -69,10 +70,8 @@ class OnnxRuntimeBackend:
         """Which devices the installed wheel and plugins serve: found, none of them tried."""
         try:
             ort = _import()
-        except BackendNotInstalledError as error:
-            return [Availability("cpu", "missing", str(error), f'pip install "phirt[{_EXTRA}]"')]
-        except BackendBrokenError as error:
-            return [Availability("cpu", "broken", str(error), None)]
+        except (BackendNotInstalledError, BackendBrokenError) as error:
+            return unavailable(error, extra=_EXTRA)
         version = f"onnxruntime {ort.__version__}"
         found: dict[str, Availability] = {}
         for row in installed(ort):

@@ -17,9 +17,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from phirt.backends.base import BaseModel, import_runtime
+from phirt.backends.base import BaseModel
 from phirt.backends.distributions import check_single_owner
 from phirt.backends.execution import InTurn, Parallel
+from phirt.backends.importing import import_runtime, unavailable
 from phirt.backends.native_errors import first_line
 from phirt.backends.onnx_nodes import GraphNodes, is_heavy, read_nodes, supported_context
 from phirt.backends.onnxruntime_genai.config import (
@@ -95,10 +96,8 @@ class OnnxRuntimeGenaiBackend:
         """Which devices the installed build has code for, and plugins have hardware for."""
         try:
             og = _import()
-        except BackendNotInstalledError as error:
-            return [Availability("cpu", "missing", str(error), f'pip install "phirt[{_EXTRA}]"')]
-        except BackendBrokenError as error:
-            return [Availability("cpu", "broken", str(error), None)]
+        except (BackendNotInstalledError, BackendBrokenError) as error:
+            return unavailable(error, extra=_EXTRA)
         return _devices(og)
 
     def accepts(self, artifact: Artifact, device: str) -> Accept | Reject:

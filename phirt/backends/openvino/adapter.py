@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from phirt.backends.base import BaseModel
 from phirt.backends.execution import InTurn
+from phirt.backends.importing import unavailable
 from phirt.backends.openvino.cache import cache_key, checked_cache
 from phirt.backends.openvino.graph import DecoderGraph
 from phirt.backends.openvino.reading import read_graph
@@ -65,10 +66,8 @@ class OpenVinoBackend:
         """Which devices OpenVINO's plugins find here."""
         try:
             ov = import_openvino()
-        except BackendNotInstalledError as error:
-            return [Availability("cpu", "missing", str(error), f'pip install "phirt[{EXTRA}]"')]
-        except BackendBrokenError as error:
-            return [Availability("cpu", "broken", str(error), None)]
+        except (BackendNotInstalledError, BackendBrokenError) as error:
+            return unavailable(error, extra=EXTRA)
         try:
             core = ov.Core()
             found = {_phirt_name(device): device for device in core.available_devices}

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from phirt.backends.base import import_runtime
+from phirt.backends.importing import import_runtime
 from phirt.errors import BackendRuntimeError, OutOfMemoryError
 
 __all__ = ["EXTRA", "NAME", "import_openvino", "reason_of", "translate"]

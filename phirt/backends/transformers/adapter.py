@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from phirt.backends.importing import unavailable
 from phirt.backends.transformers.devices import (
     BACKEND,
-    INSTALL,
+    EXTRA,
     check_device,
     find_accelerators,
     find_versions,
@@ -53,10 +54,8 @@ class TransformersBackend:
         try:
             versions = find_versions()
             names = ["cpu", *find_accelerators()]
-        except BackendNotInstalledError as error:
-            return [Availability("cpu", "missing", str(error), INSTALL)]
-        except BackendBrokenError as error:
-            return [Availability("cpu", "broken", str(error), INSTALL)]
+        except (BackendNotInstalledError, BackendBrokenError) as error:
+            return unavailable(error, extra=EXTRA)
         return [Availability(name, "found", versions) for name in names]
 
     def accepts(self, artifact: Artifact, device: str) -> Accept | Reject:

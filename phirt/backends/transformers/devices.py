@@ -15,13 +15,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from phirt.backends.base import import_runtime
+from phirt.backends.importing import import_runtime
 from phirt.devices.names import DeviceName
 from phirt.errors import BackendBrokenError, BackendNotInstalledError, DeviceNotAvailableError
 
 __all__ = [
     "BACKEND",
-    "INSTALL",
+    "EXTRA",
     "check_device",
     "find_accelerators",
     "find_versions",
@@ -30,8 +30,7 @@ __all__ = [
 ]
 
 BACKEND = "transformers"
-_EXTRA = "torch"
-INSTALL = f'python -m pip install "phirt[{_EXTRA}]"'
+EXTRA = "torch"
 # Earlier ones lose the context where LongRoPE changes its factors.
 _OLDEST = (5, 23)
 # Kinds of device in phirt's words and in torch's. AMD's GPUs are "cuda" in torch, too.
@@ -53,8 +52,8 @@ def import_both() -> tuple[Any, Any]:
     """
     find_versions()
     # torch first: without it transformers imports, and fails at the first model.
-    torch = import_runtime("torch", backend=BACKEND, extra=_EXTRA)
-    return torch, import_runtime("transformers", backend=BACKEND, extra=_EXTRA)
+    torch = import_runtime("torch", backend=BACKEND, extra=EXTRA)
+    return torch, import_runtime("transformers", backend=BACKEND, extra=EXTRA)
 
 
 def find_versions() -> str:
@@ -71,7 +70,7 @@ def find_versions() -> str:
         except importlib.metadata.PackageNotFoundError as error:
             raise BackendNotInstalledError(
                 f"Backend {BACKEND!r} needs the package {package!r}, which is not installed. "
-                f"Install it with: {INSTALL}"
+                f'Install it with: python -m pip install "phirt[{EXTRA}]"'
             ) from error
     version = tuple(int(part) for part in re.findall(r"\d+", found["transformers"])[:2])
     if version < _OLDEST:
@@ -88,7 +87,7 @@ def find_accelerators() -> list[str]:
     """Names of the devices beside the CPU that torch finds, in phirt's words."""
     if "torch" not in sys.modules and not _may_find_any():
         return []
-    torch = import_runtime("torch", backend=BACKEND, extra=_EXTRA)
+    torch = import_runtime("torch", backend=BACKEND, extra=EXTRA)
     names = []
     for kind, torch_kind in _KINDS.items():
         count = _count(torch, torch_kind) if kind != "cpu" else 0
