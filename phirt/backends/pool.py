@@ -7,16 +7,22 @@ from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
 from phirt.backends.base import BaseSession
+from phirt.backends.execution import Execution
 from phirt.errors import ContextLengthError, SessionClosedError
 from phirt.protocols import Session
 
-__all__ = ["BasePool", "PoolRow"]
+__all__ = ["BasePool", "PoolRow", "SeparatePool"]
 
 _Row = TypeVar("_Row", bound="PoolRow")
 
 
 class PoolRow(BaseSession):
     """A session that takes part in the steps of its pool; mixed in before a runtime's own."""
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether its place in the pool is free again."""
+        return self._state == "closed"
 
     def check_ready(self) -> None:
         """Raise unless it is open, prefilled and has room for a token.
@@ -106,3 +112,65 @@ class BasePool(abc.ABC, Generic[_Row]):
                 required=capacity,
                 available=self._limit,
             )
+
+
+class SeparatePool(BasePool[_Row]):
+    """A pool whose rows have caches of their own: made when acquired, and gone when closed.
+
+    Args:
+        execution: How calls of the model run.
+        slots: Rows.
+        capacity: Most tokens that one row will ever hold.
+        expected_length: Tokens that a row is made for at first.
+    """
+
+    def __init__(
+        self, execution: Execution, *, slots: int, capacity: int, expected_length: int
+    ) -> None:
+        super().__init__(limit=capacity)
+        self._execution = execution
+        self._slots = slots
+        self._capacity = min(expected_length, capacity)
+        self._rows: list[_Row] = []
+
+    @property
+    def slots(self) -> int:
+        """Rows."""
+        return self._slots
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that each row has room for at least."""
+        return self._capacity
+
+    def acquire(self) -> Session:
+        """A session on a free row.
+
+        Raises:
+            ValueError: No row is free.
+        """
+        self._check_open()
+        self._rows = self._held()
+        if len(self._rows) == self._slots:
+            raise ValueError(f"All {self._slots} rows of the pool are taken; close a session.")
+        row = self._execution.run(self._new_row)
+        self._rows.append(row)
+        return row
+
+    def grow(self, capacity: int) -> None:
+        """Give every row room for ``capacity`` tokens."""
+        self._check_capacity(capacity)
+        self._capacity = max(self._capacity, capacity)
+
+    def close(self) -> None:
+        """Close every session. Calling it again does nothing."""
+        self._closed = True
+        for row in self._held():
+            row.close()
+
+    def _held(self) -> list[_Row]:
+        return [row for row in self._rows if not row.is_closed]
+
+    @abc.abstractmethod
+    def _new_row(self) -> _Row:
+        """A session for ``self._limit`` tokens that has room for ``self._capacity``."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from phirt.backends.mlx.memory import check_host_memory, translate
 from phirt.backends.mlx.session import MlxLogits, MlxSession
-from phirt.backends.pool import BasePool, PoolRow
+from phirt.backends.pool import PoolRow, SeparatePool
 from phirt.errors import PhirtError
 from phirt.protocols import Logits, Session
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["MlxPool"]
 
 
-class MlxPool(BasePool["_Row"]):
-    """Rows of one model (a `phirt.protocols.KVPool`).
+class MlxPool(SeparatePool["_Row"]):
+    """Rows of one model (a `phirt.protocols.KVPool`); caches grow when they are written to.
 
     Args:
         model: The model.
@@ -33,37 +33,10 @@ class MlxPool(BasePool["_Row"]):
     """
 
     def __init__(self, model: MlxModel, *, slots: int, capacity: int, expected_length: int) -> None:
-        super().__init__(limit=capacity)
-        self._model = model
-        self._slots = slots
-        self._capacity = min(expected_length, capacity)
-        self._rows: list[_Row] = []
-
-    @property
-    def slots(self) -> int:
-        """Rows."""
-        return self._slots
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that each row has room for at least."""
-        return self._capacity
-
-    def acquire(self) -> Session:
-        """A session on a free row.
-
-        Raises:
-            ValueError: No row is free.
-        """
-        self._check_open()
-        if len(self._rows) == self._slots:
-            raise ValueError(f"All {self._slots} rows of the pool are taken; close a session.")
-        row = self._model.execution.run(
-            lambda: _Row(self._model, max_length=self._limit, expected_length=self._capacity)
+        super().__init__(
+            model.execution, slots=slots, capacity=capacity, expected_length=expected_length
         )
-        row.rows = self._rows
-        self._rows.append(row)
-        return row
+        self._model = model
 
     def decode(self, sessions: Sequence[Session], token_ids: Sequence[int]) -> Logits:
         """Append one token to each of several sessions; one row of logits for each.
@@ -97,17 +70,6 @@ class MlxPool(BasePool["_Row"]):
 
         self._model.run(copy)
 
-    def grow(self, capacity: int) -> None:
-        """Give every row room for ``capacity`` tokens. Caches grow when they are written to."""
-        self._check_capacity(capacity)
-        self._capacity = max(self._capacity, capacity)
-
-    def close(self) -> None:
-        """Close every session. Calling it again does nothing."""
-        self._closed = True
-        for row in list(self._rows):
-            row.close()
-
     def _step(self, rows: Sequence[_Row], token_ids: Sequence[int]) -> Any:
         target, config = self._model.target, self._model.config
         longest = max(row.length for row in rows) + 1
@@ -127,18 +89,12 @@ class MlxPool(BasePool["_Row"]):
             raise translate(error, f"decoding {len(rows)} rows") from error
         return logits
 
-    def _held(self) -> list[_Row]:
-        return self._rows
+    def _new_row(self) -> _Row:
+        return _Row(self._model, max_length=self._limit, expected_length=self._capacity)
 
 
 class _Row(PoolRow, MlxSession):
-    """A session that takes part in the steps of its pool.
-
-    Attributes:
-        rows: The pool's rows, which it leaves when it is closed.
-    """
-
-    rows: list[_Row]
+    """A session that takes part in the steps of its pool."""
 
     def share(self) -> list[tuple[Any, Any]]:
         """Keys and values of every layer, which nothing that happens to this row changes."""
@@ -151,7 +107,3 @@ class _Row(PoolRow, MlxSession):
         for cache, (keys, values) in zip(self.caches, layers, strict=True):
             cache.keys, cache.values, cache.offset = keys, values, length
         self._length = length
-
-    def _free(self) -> None:
-        super()._free()
-        self.rows.remove(self)

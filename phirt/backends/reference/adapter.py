@@ -15,7 +15,7 @@ import numpy as np
 
 from phirt.backends.base import BaseModel, BaseSession, HostLogits
 from phirt.backends.execution import Parallel
-from phirt.backends.pool import BasePool, PoolRow
+from phirt.backends.pool import PoolRow, SeparatePool
 from phirt.backends.reference.decoder import Cache, Decoder
 from phirt.backends.reference.weights import read_weights
 from phirt.devices.names import DeviceName
@@ -233,37 +233,16 @@ class ReferenceSession(BaseSession):
         self._cache = self._decoder = None
 
 
-class ReferencePool(BasePool["_Row"]):
+class ReferencePool(SeparatePool["_Row"]):
     """Sessions that are decoded together, one after the other: rows cannot disturb each other."""
 
     def __init__(
         self, model: ReferenceModel, *, slots: int, capacity: int, expected_length: int
     ) -> None:
-        super().__init__(limit=capacity)
+        super().__init__(
+            model.execution, slots=slots, capacity=capacity, expected_length=expected_length
+        )
         self._model = model
-        self._slots = slots
-        self._capacity = min(expected_length, capacity)
-        self._rows: list[_Row] = []
-
-    @property
-    def slots(self) -> int:
-        """Rows."""
-        return self._slots
-
-    @property
-    def capacity(self) -> int:
-        """Tokens that each row has room for at least."""
-        return self._capacity
-
-    def acquire(self) -> Session:
-        """A session on a free row."""
-        self._check_open()
-        if len(self._rows) == self._slots:
-            raise ValueError(f"All {self._slots} rows of the pool are taken; close a session.")
-        row = _Row(self._model, max_length=self._limit, expected_length=self._capacity)
-        row.rows = self._rows
-        self._rows.append(row)
-        return row
 
     def decode(self, sessions: Sequence[Session], token_ids: Sequence[int]) -> Logits:
         """Append one token to each of several sessions; one row of logits for each."""
@@ -283,26 +262,13 @@ class ReferencePool(BasePool["_Row"]):
 
     def grow(self, capacity: int) -> None:
         """Give every row room for ``capacity`` tokens."""
-        self._check_capacity(capacity)
-        self._capacity = max(self._capacity, capacity)
-        for row in self._rows:
+        super().grow(capacity)
+        for row in self._held():
             row.reserve(capacity)
 
-    def close(self) -> None:
-        """Close every session."""
-        self._closed = True
-        for row in list(self._rows):
-            row.close()
-
-    def _held(self) -> list[_Row]:
-        return self._rows
+    def _new_row(self) -> _Row:
+        return _Row(self._model, max_length=self._limit, expected_length=self._capacity)
 
 
 class _Row(PoolRow, ReferenceSession):
-    """A session that gives its row back to the pool when it is closed."""
-
-    rows: list[_Row]
-
-    def _free(self) -> None:
-        super()._free()
-        self.rows.remove(self)
+    """A session that takes part in the steps of its pool."""
