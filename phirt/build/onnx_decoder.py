@@ -21,6 +21,7 @@ import numpy as np
 
 from phirt._version import __version__
 from phirt.build.checkpoint import Checkpoint
+from phirt.build.limits import check_convertible
 from phirt.build.onnx_attention import AttentionWriter
 from phirt.build.onnx_external import ExternalData
 from phirt.build.onnx_graph import GraphBuilder
@@ -28,17 +29,11 @@ from phirt.build.onnx_linear import LinearWriter
 from phirt.build.onnx_norm import NormWriter
 from phirt.build.onnx_rope import table_rows
 from phirt.build.precision import Precision, check_precision
-from phirt.errors import UnsupportedModelError
 from phirt.models.decoder_config import DecoderConfig
-from phirt.models.huggingface_config import DECODER_ARCHITECTURES
 
 __all__ = ["write_decoder"]
 
 _INT64_MAX = np.iinfo(np.int64).max
-
-# Beyond this a single matrix or table is refused: no machine that runs phirt converts it,
-# and a damaged or hostile size must not reach an allocation.
-_LARGEST_ARRAY_BYTES = 1 << 35
 
 _EMBEDDING = "model.embed_tokens.weight"
 _LM_HEAD = "lm_head.weight"
@@ -60,31 +55,20 @@ def write_decoder(checkpoint: Checkpoint, model_path: Path, *, precision: Precis
         FileExistsError: One of the files exists.
     """
     check_precision("onnx-genai", precision)
-    _check_supported(checkpoint.config)
+    check_convertible(checkpoint.config, _pieces(checkpoint.config))
     with ExternalData(model_path.with_name(model_path.name + ".data")) as external:
         graph = GraphBuilder("decoder", external)
         _DecoderWriter(graph, checkpoint, precision).write()
     graph.save(model_path, producer="phirt", producer_version=__version__)
 
 
-def _check_supported(config: DecoderConfig) -> None:
-    if config.architecture not in DECODER_ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"phirt writes decoders of the architectures {', '.join(DECODER_ARCHITECTURES)}; this "
-            f"is {config.architecture!r}."
-        )
-    elements = {
-        "embedding": config.vocab_size * config.hidden_size,
+def _pieces(config: DecoderConfig) -> dict[str, int]:
+    """Elements of the largest arrays: the weights that are fused, and the tables."""
+    return {
         "MLP": 2 * config.intermediate_size * config.hidden_size,
         "attention": 3 * config.num_heads * config.head_size * config.hidden_size,
         "rotary tables": table_rows(config.rope, config.context_length) * config.rope.dim,
     }
-    name, largest = max(elements.items(), key=lambda item: item[1])
-    if 4 * largest > _LARGEST_ARRAY_BYTES:
-        raise UnsupportedModelError(
-            f"The {name} of this model would take {4 * largest:,} bytes in one piece; phirt "
-            f"converts up to {_LARGEST_ARRAY_BYTES:,}. Check the file, or use a smaller model."
-        )
 
 
 class _DecoderWriter:

@@ -14,25 +14,19 @@ import numpy as np
 
 from phirt.backends.openvino.runtime import import_openvino
 from phirt.build.checkpoint import Checkpoint
+from phirt.build.limits import check_convertible
 from phirt.build.openvino_attention import AttentionWriter, rms_norm
 from phirt.build.openvino_weights import MatrixWriter, ScratchFile
 from phirt.build.precision import Precision, check_precision
-from phirt.errors import UnsupportedModelError
 from phirt.models.decoder_config import DecoderConfig
 
 ov = import_openvino()
 ops = ov.opset13
 
-__all__ = ["ARCHITECTURES", "write_openvino"]
-
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text")
-"""What `write_openvino` writes, as Hugging Face's ``model_type``."""
+__all__ = ["write_openvino"]
 
 _EMBEDDING = "model.embed_tokens.weight"
 _LM_HEAD = "lm_head.weight"
-# Beyond this a single matrix is refused: no machine that runs phirt converts it, and a
-# damaged or hostile size must not reach an allocation.
-_LARGEST_ARRAY_BYTES = 1 << 35
 
 
 def write_openvino(checkpoint: Checkpoint, out_dir: Path, *, precision: str) -> None:
@@ -52,7 +46,7 @@ def write_openvino(checkpoint: Checkpoint, out_dir: Path, *, precision: str) -> 
         ValueError: There is no such precision.
     """
     chosen = check_precision("openvino", precision)
-    _check_supported(checkpoint.config)
+    check_convertible(checkpoint.config, _pieces(checkpoint.config))
     xml = out_dir / "openvino_model.xml"
     for path in (xml, xml.with_suffix(".bin")):
         if path.exists():
@@ -62,23 +56,12 @@ def write_openvino(checkpoint: Checkpoint, out_dir: Path, *, precision: str) -> 
         ov.serialize(_graph(checkpoint, MatrixWriter(checkpoint, chosen, scratch), chosen), xml)
 
 
-def _check_supported(config: DecoderConfig) -> None:
-    if config.architecture not in ARCHITECTURES:
-        raise UnsupportedModelError(
-            f"phirt writes decoders of {', '.join(ARCHITECTURES)} for OpenVINO; this is "
-            f"{config.architecture!r}."
-        )
-    elements = {
-        "embedding": config.vocab_size * config.hidden_size,
+def _pieces(config: DecoderConfig) -> dict[str, int]:
+    """Elements of the largest matrices."""
+    return {
         "MLP": config.intermediate_size * config.hidden_size,
         "attention": config.num_heads * config.head_size * config.hidden_size,
     }
-    name, largest = max(elements.items(), key=lambda item: item[1])
-    if 4 * largest > _LARGEST_ARRAY_BYTES:
-        raise UnsupportedModelError(
-            f"The {name} of this model would take {4 * largest:,} bytes in one piece; phirt "
-            f"converts up to {_LARGEST_ARRAY_BYTES:,}. Check the file, or use a smaller model."
-        )
 
 
 def _graph(checkpoint: Checkpoint, matrices: MatrixWriter, precision: Precision) -> Any:

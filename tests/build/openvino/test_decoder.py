@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from phirt.build.openvino_decoder import ARCHITECTURES, write_openvino
+from phirt.build.openvino_decoder import write_openvino
 from phirt.build.safetensors_checkpoint import SafetensorsCheckpoint
 from phirt.errors import UnsupportedModelError
+from phirt.models.huggingface_config import DECODER_ARCHITECTURES
 from phirt.testing import write_tiny_checkpoint
 from phirt.types import FloatArray
 from tests.build.decoders import DECODERS, numpy_logits, random_decoder
@@ -71,7 +72,7 @@ class Case:
         return transformers_logits(self.model, TOKENS[:length])
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(scope="module", params=DECODER_ARCHITECTURES)
 def case(request, tmp_path_factory):
     folder = write_tiny_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
     with SafetensorsCheckpoint(folder) as checkpoint:
