@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from phirt.build.documents import genai_document, write_json
 from phirt.build.onnx_decoder import write_decoder
 from phirt.build.precision import Precision
 from phirt.build.safetensors_checkpoint import SafetensorsCheckpoint
-from phirt.models.decoder_config import DecoderConfig
 from phirt.models.huggingface_config import DECODER_ARCHITECTURES
 from phirt.testing import write_tiny_checkpoint
 from tests.build.onnx.runtime import OnnxDecoder
@@ -24,48 +23,14 @@ TOKENS = [int(i) for i in np.random.default_rng(5).integers(0, 320, 60)]
 
 @pytest.fixture(scope="module", params=DECODER_ARCHITECTURES)
 def folder(request, tmp_path_factory):
-    """A graph and the least that genai wants to know about it."""
+    """A graph and what phirt tells genai about it."""
     folder = tmp_path_factory.mktemp(request.param)
     write_tiny_checkpoint(folder, request.param)
     with SafetensorsCheckpoint(folder) as checkpoint:
         write_decoder(checkpoint, folder / "model.onnx", precision=Precision.FP32)
-        document = genai_config(checkpoint.config)
-    (folder / "genai_config.json").write_text(json.dumps(document))
+        document = genai_document(checkpoint.config, filename="model.onnx")
+    write_json(folder / "genai_config.json", document)
     return folder
-
-
-def genai_config(config: DecoderConfig) -> dict[str, object]:
-    return {
-        "model": {
-            "type": config.architecture,
-            "vocab_size": config.vocab_size,
-            "context_length": config.context_length,
-            "bos_token_id": 0,
-            "eos_token_id": 1,
-            "pad_token_id": 0,
-            "decoder": {
-                "session_options": {"provider_options": []},
-                "filename": "model.onnx",
-                "head_size": config.head_size,
-                "hidden_size": config.hidden_size,
-                "num_attention_heads": config.num_heads,
-                "num_hidden_layers": config.num_layers,
-                "num_key_value_heads": config.num_kv_heads,
-                "inputs": {
-                    "input_ids": "input_ids",
-                    "attention_mask": "attention_mask",
-                    "past_key_names": "past_key_values.%d.key",
-                    "past_value_names": "past_key_values.%d.value",
-                },
-                "outputs": {
-                    "logits": "logits",
-                    "present_key_names": "present.%d.key",
-                    "present_value_names": "present.%d.value",
-                },
-            },
-        },
-        "search": {"max_length": config.context_length, "past_present_share_buffer": True},
-    }
 
 
 @pytest.mark.parametrize(("first", "length"), [(20, 32), (40, 60)])  # phi3: short, long factors
