@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
-from phirt.types import Artifact, FloatArray, IntArray
+from phirt.types import Artifact, Availability, FloatArray, IntArray
 
 __all__ = [
     "CAPABILITIES",
@@ -387,24 +387,6 @@ class LoadOptions:
     threads: int | None = None
     spinning: bool | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Availability:
-    """What a probe found out about one device.
-
-    Attributes:
-        device: Device name, such as ``"cpu"``.
-        status: ``found`` (listed), ``loads`` (a session opens) or ``ran`` (a graph ran);
-            ``missing`` (not installed) or ``broken`` (installed, and fails).
-        reason: What was seen, in one sentence.
-        fix: What the user can do about it, or None.
-    """
-
-    device: str
-    status: Literal["found", "loads", "ran", "missing", "broken"]
-    reason: str
-    fix: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

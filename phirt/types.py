@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 
 __all__ = [
     "Artifact",
+    "Availability",
     "ChatMessage",
     "FinishReason",
     "FloatArray",
+    "Hardware",
     "IntArray",
     "LogitsProcessor",
     "Progress",
@@ -90,3 +92,57 @@ class Artifact:
     architecture: str | None
     precision: str | None
     weights_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """What a runtime tells of the physical device behind one of its names.
+
+    Two runtimes mean the same device where the PCI address, the LUID or the UUID is the same;
+    what a runtime does not tell is None.
+
+    Attributes:
+        native: The runtime's own name for it: ``"CUDA 0"``, ``"GPU.0"``, ``"xpu:0"``.
+        name: What it is called: ``"NVIDIA H100 80GB HBM3"``.
+        vendor: Who made it: ``"nvidia"``, ``"amd"``, ``"intel"``, ``"apple"``, ``"qualcomm"`` ….
+        memory_bytes: Its memory; of a device without memory of its own, what it may take.
+        driver: Version of its driver.
+        pci: PCI address, ``"0000:01:00.0"``, lower case.
+        luid: Windows' locally unique identifier, 16 hexadecimal digits, lower case.
+        uuid: 32 hexadecimal digits, lower case, without dashes.
+        discrete: Whether it has memory of its own.
+        software: Whether it is computed on the CPU (SwiftShader, WARP).
+    """
+
+    native: str
+    name: str | None = None
+    vendor: str | None = None
+    memory_bytes: int | None = None
+    driver: str | None = None
+    pci: str | None = None
+    luid: str | None = None
+    uuid: str | None = None
+    discrete: bool | None = None
+    software: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Availability:
+    """What a probe found out about one device.
+
+    Attributes:
+        device: Device name, such as ``"cpu"``.
+        status: ``found`` (listed), ``loads`` (a session opens) or ``ran`` (a graph ran);
+            ``missing`` (not installed) or ``broken`` (installed, and fails).
+        reason: What was seen, in one sentence.
+        fix: What the user can do about it, or None.
+        version: Of the runtime, ``"onnxruntime 1.31.1"``, or None where it does not import.
+        hardware: The physical device, where the runtime tells of it.
+    """
+
+    device: str
+    status: Literal["found", "loads", "ran", "missing", "broken"]
+    reason: str
+    fix: str | None = None
+    version: str | None = None
+    hardware: Hardware | None = None

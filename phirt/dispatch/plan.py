@@ -1,0 +1,136 @@
+"""A plan: every artifact, backend and device that a model could run with, ranked, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from phirt.dispatch.measurements import Optimize, Setting
+
+__all__ = ["MemoryNeed", "Plan", "PlanCandidate", "PlannedArtifact", "Speed"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryNeed:
+    """Memory that a load is predicted to take, in bytes.
+
+    Attributes:
+        weights: The weights, as the runtime keeps them.
+        kv: Keys and values of ``context`` tokens.
+        workspace: The runtime itself and what it computes in.
+        context: Tokens that ``kv`` is for.
+        free: What is free where they will be, or None where nobody tells.
+    """
+
+    weights: int
+    kv: int
+    workspace: int
+    context: int
+    free: int | None
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.weights + self.kv + self.workspace
+
+    @property
+    def fits(self) -> bool:
+        """Whether it fits; assumed where nobody tells what is free."""
+        return self.free is None or self.total <= self.free
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedArtifact:
+    """A form of the model that a backend reads, there already or still to be made.
+
+    Attributes:
+        format: Its layout, as in `Artifact`.
+        precision: How its weights are stored, where that is known.
+        state: Whether it is on this disk.
+        path: The folder, where it is.
+        bytes: Size of the weights' files, where known.
+        kl: Mean KL divergence from its fp32 source that was measured when it was built, in
+            nats, or None where it was not.
+    """
+
+    format: str
+    precision: str | None
+    state: Literal["here", "to convert", "to fetch"]
+    path: Path | None = None
+    bytes: int | None = None
+    kl: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """What was measured of a candidate (`phirt tune`).
+
+    Attributes:
+        prefill_tokens_per_s: Of the longest prompt that was measured.
+        decode_tokens_per_s: One sequence, after the shortest prompt that was measured.
+        seconds: Predicted time of the workload that the plan is for.
+        setting: The setting that is best for it.
+        when: When it was measured, in UTC.
+    """
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    seconds: float
+    setting: Setting
+    when: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanCandidate:
+    """One way to run the model.
+
+    Attributes:
+        artifact: What would be loaded; None where the backend is out before that is asked.
+        backend: Name of the backend.
+        device: Device name.
+        status: ``chosen``, ``usable`` or ``rejected``.
+        reason: Why, in one sentence.
+        fix: What the user can do about it, or None.
+        memory: What it is predicted to take, where the model's shape is known.
+        speed: What was measured, or None.
+    """
+
+    artifact: PlannedArtifact | None
+    backend: str
+    device: str
+    status: Literal["chosen", "usable", "rejected"]
+    reason: str
+    fix: str | None = None
+    memory: MemoryNeed | None = None
+    speed: Speed | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What `phirt.load` would do, or did.
+
+    Attributes:
+        model: The model, as it was asked for.
+        device: The device that was asked for.
+        backend: The backend that was asked for.
+        precision: The precision that was asked for.
+        context: Tokens of context that memory was predicted for.
+        optimize: What it is for.
+        candidates: All that was considered, best first; the chosen one, if any, is the first.
+        notes: What else the user should know, a sentence each.
+    """
+
+    model: str
+    device: str
+    backend: str
+    precision: str
+    context: int
+    optimize: Optimize
+    candidates: tuple[PlanCandidate, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def chosen(self) -> PlanCandidate | None:
+        """The candidate that is used, or None where none can be."""
+        return next((each for each in self.candidates if each.status == "chosen"), None)
