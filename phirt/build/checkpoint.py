@@ -11,16 +11,17 @@ undoes it, on the quantized rows themselves, which is exact.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Protocol
+from collections.abc import Iterable, Mapping
+from typing import Generic, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from phirt.errors import ModelFormatError
 from phirt.models.decoder_config import DecoderConfig
 from phirt.types import FloatArray
 
-__all__ = ["Checkpoint", "CheckpointTensor"]
+__all__ = ["Checkpoint", "CheckpointTensor", "OpenCheckpoint"]
 
 
 class CheckpointTensor(Protocol):
@@ -57,3 +58,62 @@ class Checkpoint(Protocol):
 
     def tensor(self, name: str) -> CheckpointTensor:
         """One tensor. Raises `ModelFormatError` if the checkpoint has no such tensor."""
+
+
+class _Closable(Protocol):
+    def close(self) -> None:
+        """Close it. Calling it again does nothing."""
+
+
+_Tensor = TypeVar("_Tensor", bound=CheckpointTensor)
+
+
+class OpenCheckpoint(Generic[_Tensor]):
+    """A `Checkpoint` whose tensors were found, in files that stay open until it is closed.
+
+    Close it, or use it in a ``with`` statement.
+
+    Args:
+        source: What to call it in a message.
+        files: What its tensors read from.
+        config: Shape and constants of the decoder.
+        tensors: Its tensors by their names in Hugging Face's convention, embedding first.
+    """
+
+    def __init__(
+        self, source: str, files: _Closable, config: DecoderConfig, tensors: Mapping[str, _Tensor]
+    ) -> None:
+        self._source = source
+        self._files = files
+        self._config = config
+        self._tensors = tensors
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files. Calling it again does nothing."""
+        self._files.close()
+
+    @property
+    def config(self) -> DecoderConfig:
+        """Shape and constants of the decoder."""
+        return self._config
+
+    def names(self) -> list[str]:
+        """Names of all tensors in Hugging Face's convention, embedding first."""
+        return list(self._tensors)
+
+    def tensor(self, name: str) -> _Tensor:
+        """One tensor.
+
+        Raises:
+            ModelFormatError: The checkpoint has no tensor of that name.
+        """
+        try:
+            return self._tensors[name]
+        except KeyError:
+            raise ModelFormatError(f"{self._source} has no tensor {name!r}.") from None

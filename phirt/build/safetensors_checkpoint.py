@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from phirt.build.checkpoint import OpenCheckpoint
 from phirt.errors import ModelFormatError, UnsupportedModelError
 from phirt.models.decoder_config import DecoderConfig
 from phirt.models.huggingface_config import read_decoder_config
@@ -35,12 +36,11 @@ _TEXT_PREFIXES = {
 _CHUNK_BYTES = 1 << 20
 
 
-class SafetensorsCheckpoint:
+class SafetensorsCheckpoint(OpenCheckpoint["SafetensorsTensor"]):
     """The weights of a Hugging Face folder (a `Checkpoint`).
 
     Everything but the tensors' bytes is read and checked at once: which tensors there are,
-    their shapes against the configuration, their encodings. Close it, or use it in a
-    ``with`` statement.
+    their shapes against the configuration, their encodings.
 
     Args:
         folder: Holds config.json and one or many safetensors files.
@@ -53,43 +53,14 @@ class SafetensorsCheckpoint:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._config = read_decoder_config(folder / "config.json")
-        self._files = SafetensorsFolder(folder)
+        config = read_decoder_config(folder / "config.json")
+        files = SafetensorsFolder(folder)
         try:
-            self._tensors = _collect_tensors(self._files, self._config, folder.name)
+            tensors = _collect_tensors(files, config, folder.name)
         except BaseException:
-            self._files.close()
+            files.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the files. Calling it again does nothing."""
-        self._files.close()
-
-    @property
-    def config(self) -> DecoderConfig:
-        """Shape and constants of the decoder."""
-        return self._config
-
-    def names(self) -> list[str]:
-        """Names of all tensors in Hugging Face's convention, embedding first."""
-        return list(self._tensors)
-
-    def tensor(self, name: str) -> SafetensorsTensor:
-        """One tensor.
-
-        Raises:
-            ModelFormatError: The checkpoint has no tensor of that name.
-        """
-        try:
-            return self._tensors[name]
-        except KeyError:
-            raise ModelFormatError(f"The checkpoint has no tensor {name!r}.") from None
+        super().__init__(folder.name, files, config, tensors)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
 
+from phirt.build.checkpoint import OpenCheckpoint
 from phirt.build.gguf.config import ROPE_FACTORS, read_config
 from phirt.build.gguf.file import GgufFile
 from phirt.build.gguf.tensors import ENCODINGS, GgufTensor, rotary_row_order
@@ -14,12 +14,11 @@ from phirt.models.decoder_config import DecoderConfig
 __all__ = ["GgufCheckpoint"]
 
 
-class GgufCheckpoint:
+class GgufCheckpoint(OpenCheckpoint[GgufTensor]):
     """The weights of a GGUF file (a `Checkpoint`).
 
     Everything but the tensors' bytes is read and checked at once: which tensors there are,
-    their shapes against the configuration, their encodings. Close it, or use it in a
-    ``with`` statement.
+    their shapes against the configuration, their encodings.
 
     Args:
         path: The file.
@@ -38,41 +37,12 @@ class GgufCheckpoint:
         self.file = GgufFile(path)
         try:
             self.tokens: list[str] = self.file.strings("tokenizer.ggml.tokens") or []
-            self._config = read_config(self.file, tokens=self.tokens)
-            self._tensors = _collect_tensors(self.file, self._config)
+            config = read_config(self.file, tokens=self.tokens)
+            tensors = _collect_tensors(self.file, config)
         except BaseException:
             self.file.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Close the file. Calling it again does nothing."""
-        self.file.close()
-
-    @property
-    def config(self) -> DecoderConfig:
-        """Shape and constants of the decoder."""
-        return self._config
-
-    def names(self) -> list[str]:
-        """Names of all tensors in Hugging Face's convention, embedding first."""
-        return list(self._tensors)
-
-    def tensor(self, name: str) -> GgufTensor:
-        """One tensor.
-
-        Raises:
-            ModelFormatError: The checkpoint has no tensor of that name.
-        """
-        try:
-            return self._tensors[name]
-        except KeyError:
-            raise ModelFormatError(f"{self.file.path.name} has no tensor {name!r}.") from None
+        super().__init__(path.name, self.file, config, tensors)
 
 
 def _collect_tensors(file: GgufFile, config: DecoderConfig) -> dict[str, GgufTensor]:
