@@ -29,6 +29,7 @@ LEVELS = [
     ["build"],
     ["dispatch"],
     ["model"],  # with the files of SAME_ROOM: one room
+    ["doctor"],
     ["phirt"],  # phirt/__init__.py, the public names
     ["quality", "testing", "cli"],
 ]
@@ -37,11 +38,12 @@ SAME_ROOM = {
     "locate": "model",
     "remote": "model",
     "conversion": "model",
+    "tuning": "model",
     "__main__": "cli",
 }
 
 # Beside the standard library: what any room may import, and the rooms of all the rest.
-LIGHT = {"filelock", "numpy", "platformdirs"}
+LIGHT = {"filelock", "numpy", "platformdirs", "psutil"}
 HOMES = {
     "gguf": {"build"},
     "httpx2": {"models"},  # huggingface_hub's client, whose errors are told apart
