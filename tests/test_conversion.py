@@ -12,13 +12,14 @@ from phirt.locate import locate
 from phirt.models.folder import ModelFolder, read_folder
 from phirt.models.manifest import write_manifest
 from phirt.testing import write_tiny_checkpoint
+from tests.installed import require
 
 Edit = Callable[[Path], object]
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    pytest.importorskip("onnx")
+    require("onnx")
     monkeypatch.setenv("PHIRT_HOME", str(tmp_path / "home"))
     return write_tiny_checkpoint(tmp_path / "tiny", "llama")
 

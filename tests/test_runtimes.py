@@ -20,6 +20,7 @@ from phirt.generation.params_resolved import GenerationDefaults
 from phirt.protocols import Accept, Backend, LoadedModel, LoadOptions
 from phirt.testing import DENSE_ARCHITECTURES, TINY_ARCHITECTURES, write_tiny_checkpoint
 from phirt.testing.subject import check_greedy, random_ids, read_artifact
+from tests.installed import leave_out
 from tests.tiny_oracle import TransformersOracle
 
 RUNTIMES = ("onnxruntime", "onnxruntime-genai", "openvino", "mlx", "transformers", "reference")
@@ -99,7 +100,7 @@ def test_greedy(architecture, name, checkpoint, oracle, tmp_path):
     """Every token is transformers' best, but where two are within the tolerance."""
     backend = get_backend(name)
     if any(found.status == "missing" for found in backend.probe()):
-        pytest.skip(f"{name} is not installed")
+        leave_out(name)
     model = load(backend, checkpoint(architecture), tmp_path / "converted")
     assert model.info.rope_boundary == (32 if architecture in LONG_ROPE else None)
     params = GenerationParams(max_new_tokens=NEW_TOKENS, ignore_eos=True, temperature=0)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -458,7 +459,8 @@ class TestAFolderIsData:
         ids=["missing", "of another shape", "one too many"],
     )
     def test_tensors_that_are_not_those_of_the_model(self, tmp_path, name, shape) -> None:
-        numpy = pytest.importorskip("safetensors.numpy")
+        require("safetensors")
+        numpy = import_module("safetensors.numpy")
         folder = write_tiny_checkpoint(tmp_path, "llama")
         weights = numpy.load_file(folder / "model.safetensors")
         weights.pop(name, None)
@@ -474,7 +476,8 @@ class TestAFolderIsData:
             load(edit_config(folder, tie_word_embeddings=False))
 
     def test_integers_are_no_weights_of_a_plain_folder(self, tmp_path: Path) -> None:
-        numpy = pytest.importorskip("safetensors.numpy")
+        require("safetensors")
+        numpy = import_module("safetensors.numpy")
         folder = write_tiny_checkpoint(tmp_path, "llama")
         weights = numpy.load_file(folder / "model.safetensors")
         weights["model.norm.weight"] = np.zeros(64, np.uint32)

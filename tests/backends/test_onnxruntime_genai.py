@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,8 +30,10 @@ from phirt.errors import (
 from phirt.models.folder import read_folder
 from phirt.protocols import LoadOptions, Reject
 from phirt.testing import DENSE_ARCHITECTURES, write_tiny_checkpoint
+from tests.installed import require
 
-genai = pytest.importorskip("onnxruntime_genai")
+require("onnxruntime_genai")
+genai = import_module("onnxruntime_genai")
 
 WINDOW = 16  # of the tiny mistral
 TOLERANCE = 1e-3
@@ -91,8 +94,8 @@ def written(checkpoints, tmp_path_factory):
 @pytest.fixture(scope="session")
 def built(checkpoints, tmp_path_factory):
     """Genai folders of Microsoft's Model Builder, in fp32."""
-    pytest.importorskip("torch")
-    builder = pytest.importorskip("onnxruntime_genai.models.builder")
+    require("torch", "onnx_ir")
+    builder = import_module("onnxruntime_genai.models.builder")
     root: Path = tmp_path_factory.mktemp("built")
 
     def build(architecture: str, **config: Any) -> Path:

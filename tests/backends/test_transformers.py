@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,11 @@ from phirt.protocols import KVCache, KVLayer, LoadedModel
 from phirt.testing import TINY_ARCHITECTURES, write_tiny_checkpoint
 from phirt.types import FloatArray
 from tests.backends.transformers_models import edit_config, load, oracle
+from tests.installed import require
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+require("torch", "transformers")
+torch = import_module("torch")
+transformers = import_module("transformers")
 
 pytestmark = pytest.mark.oracle
 

@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,9 +31,11 @@ from phirt.models.folder import read_folder
 from phirt.protocols import Accept, LoadOptions, Reject
 from phirt.testing import write_tiny_checkpoint
 from tests.backends.transformers_models import artifact_of, edit_config, load, oracle
+from tests.installed import require
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
+require("torch", "transformers")
+torch = import_module("torch")
+transformers = import_module("transformers")
 
 pytestmark = pytest.mark.oracle
 

@@ -14,6 +14,7 @@ from phirt.errors import UnsupportedModelError
 from phirt.types import FloatArray
 from tests.build.decoders import DECODERS, numpy_logits, random_decoder
 from tests.build.onnx.checkpoints import MemoryCheckpoint, tiny
+from tests.installed import require
 
 _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
@@ -100,7 +101,7 @@ def test_bfloat16_is_rounded_to_nearest_even(tmp_path, bits, rounded):
 
 
 def test_bfloat16_rounds_like_torch(tmp_path):
-    pytest.importorskip("torch")
+    require("torch")
     import torch
 
     values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,10 @@ from phirt.build.safetensors_checkpoint import SafetensorsCheckpoint
 from phirt.models.huggingface_config import DECODER_ARCHITECTURES
 from phirt.testing import write_tiny_checkpoint
 from tests.build.onnx.runtime import OnnxDecoder
+from tests.installed import require
 
-genai = pytest.importorskip("onnxruntime_genai")
+require("onnxruntime_genai")
+genai = import_module("onnxruntime_genai")
 genai.disable_telemetry_events()
 
 TOKENS = [int(i) for i in np.random.default_rng(5).integers(0, 320, 60)]
