@@ -1,6 +1,7 @@
 """Calls run where and when a runtime needs them, whichever thread makes them."""
 
 import gc
+import signal
 import subprocess
 import sys
 import textwrap
@@ -65,27 +66,40 @@ def test_calls_in_turn_never_overlap(one_thread):
         assert max(most) == 1
 
 
-def test_an_interrupted_wait_is_raised_once_the_call_has_ended(one_thread):
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signal for a thread")
+@pytest.mark.parametrize("outcome", ["result", "error"])
+def test_an_interrupted_wait_is_raised_once_the_call_has_ended(one_thread, outcome):
     class Interrupted(KeyboardInterrupt):
         pass
 
-    ended = threading.Event()
-    release = threading.Event()
     main = threading.get_ident()
+    interrupted = threading.Event()
+    ended = threading.Event()
+
+    def interrupt(signum, frame):
+        interrupted.set()
+        raise Interrupted
 
     def call():
-        import ctypes
-
-        # As Ctrl-C does: an exception thrown into the thread that waits.
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-            ctypes.c_ulong(main), ctypes.py_object(Interrupted)
-        )
-        release.wait(0.2)
+        assert sys.platform != "win32"  # for mypy
+        while sys._current_frames()[main].f_code is not threading.Condition.wait.__code__:
+            time.sleep(0.001)  # It does not wait yet.
+        # As Ctrl-C does: a signal wakes the thread that waits, other than an exception that is
+        # thrown into it, which it meets only after the wait.
+        signal.pthread_kill(main, signal.SIGINT)
+        assert interrupted.wait(timeout=30)
+        time.sleep(0.05)  # The interruption is in _wait now, and the call goes on.
         ended.set()
+        return 1 // (outcome == "result")
 
-    with pytest.raises(Interrupted):
-        one_thread.run(call)
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        with pytest.raises(Interrupted) as caught:
+            one_thread.run(call)
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert ended.is_set()
+    assert isinstance(caught.value.__cause__, ZeroDivisionError) == (outcome == "error")
 
 
 def test_after_close_there_is_nothing_to_run_on():
