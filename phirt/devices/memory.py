@@ -129,17 +129,16 @@ def _reclaimable(stat: str, fields: tuple[str, ...]) -> int:
 
 
 def _address_space() -> Iterator[_Limit]:
-    """The limit of this process's address space (``ulimit -v``)."""
-    if sys.platform == "win32":
-        return
-    import resource
-
-    import psutil
-
-    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    """The limit of this process's address space (``ulimit -v``), if it has one."""
     # macOS has one number for this limit and that of resident memory, and enforces neither.
-    if sys.platform != "darwin" and most != resource.RLIM_INFINITY:
-        yield _Limit(most, psutil.Process().memory_info().vms)
+    if sys.platform == "linux":
+        import resource
+
+        import psutil
+
+        most = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if most != resource.RLIM_INFINITY:
+            yield _Limit(most, psutil.Process().memory_info().vms)
 
 
 def _read(path: Path) -> str:
