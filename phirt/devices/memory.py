@@ -128,8 +128,9 @@ def _reclaimable(stat: str, fields: tuple[str, ...]) -> int:
     return sum(int(pair[1]) for pair in pairs if len(pair) == 2 and pair[0] in fields)
 
 
-def _address_space() -> Iterator[_Limit]:
+def _address_space() -> list[_Limit]:
     """The limit of this process's address space (``ulimit -v``), if it has one."""
+    limits: list[_Limit] = []
     # macOS has one number for this limit and that of resident memory, and enforces neither.
     if sys.platform == "linux":
         import resource
@@ -138,7 +139,8 @@ def _address_space() -> Iterator[_Limit]:
 
         most = resource.getrlimit(resource.RLIMIT_AS)[0]
         if most != resource.RLIM_INFINITY:
-            yield _Limit(most, psutil.Process().memory_info().vms)
+            limits.append(_Limit(most, psutil.Process().memory_info().vms))
+    return limits
 
 
 def _read(path: Path) -> str:
