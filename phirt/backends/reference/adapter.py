@@ -8,7 +8,7 @@ doctests and examples, and for judging other backends. The formulas are in
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -16,7 +16,7 @@ import numpy as np
 from phirt.backends.base import BaseModel, BaseSession, HostLogits
 from phirt.backends.execution import Parallel
 from phirt.backends.pool import PoolRow, SeparatePool
-from phirt.backends.reference.decoder import Cache, Decoder
+from phirt.backends.reference.decoder import Cache, Decoder, Weights
 from phirt.backends.reference.weights import read_weights
 from phirt.devices.names import DeviceName
 from phirt.errors import (
@@ -111,9 +111,7 @@ class ReferenceBackend:
 class ReferenceModel(BaseModel):
     """A `Decoder` as a `phirt.protocols.LoadedModel`."""
 
-    def __init__(
-        self, config: DecoderConfig, weights: Mapping[str, FloatArray], weights_id: str
-    ) -> None:
+    def __init__(self, config: DecoderConfig, weights: Weights, weights_id: str) -> None:
         self.decoder: Decoder | None = Decoder(config, weights)
         self.config = config
         super().__init__(

@@ -2,13 +2,15 @@
 
 It is the executable statement of `phirt.models.decoder_config.DecoderConfig`, written to be
 read. Everything is float32. Names and shapes of the weights are Hugging Face's, see
-`phirt.build.checkpoint`; n is the number of new tokens, m that of all tokens so far.
+`phirt.build.checkpoint`; n is the number of new tokens, m that of all tokens so far. Axes
+before those that are named (``...``) are sequences that do not meet.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -16,7 +18,17 @@ from phirt.models.decoder_config import DecoderConfig
 from phirt.protocols import KVLayer, RopeRegime
 from phirt.types import FloatArray
 
-__all__ = ["Cache", "Decoder", "attend", "gelu_tanh", "rms_norm", "rotate", "silu", "softmax"]
+__all__ = [
+    "Cache",
+    "Decoder",
+    "Weights",
+    "attend",
+    "gelu_tanh",
+    "rms_norm",
+    "rotate",
+    "silu",
+    "softmax",
+]
 
 _BUCKET = 256  # tokens; caches grow by multiples of it
 
@@ -52,7 +64,7 @@ def rotate(x: FloatArray, cosines: FloatArray, sines: FloatArray) -> FloatArray:
     """Rotary embedding (Su et al. 2021, equation 34), pairs split in halves.
 
     Args:
-        x: Queries or keys, shape (heads, n, head_size).
+        x: Queries or keys, shape (..., heads, n, head_size).
         cosines: Of the angles of the n positions, shape (n, dim / 2). Elements of a head
             beyond ``dim`` do not rotate.
         sines: Likewise.
@@ -72,26 +84,39 @@ def attend(
     Position i attends to position j if ``j <= i`` and, with a window W, ``i - j < W``.
 
     Args:
-        query: Of the last n of m positions, shape (heads, n, head_size).
-        key: Shape (kv_heads, m, head_size); ``heads / kv_heads`` queries share one.
+        query: Of the last n of m positions, shape (..., heads, n, head_size).
+        key: Shape (..., kv_heads, m, head_size); ``heads / kv_heads`` queries share one.
         value: Likewise.
         scale: The scores are multiplied by it.
         window: W, or None.
 
     Returns:
-        Shape (n, heads * head_size).
+        Shape (..., n, heads * head_size).
     """
-    heads, n, head_size = query.shape
-    kv_heads, m, _ = key.shape
-    grouped = query.reshape(kv_heads, heads // kv_heads, n, head_size)
-    scores = grouped @ key[:, None].swapaxes(-1, -2) * np.float32(scale)
+    *sequences, heads, n, head_size = query.shape
+    kv_heads, m = key.shape[-3:-1]
+    grouped = query.reshape(*sequences, kv_heads, heads // kv_heads, n, head_size)
+    scores = grouped @ key[..., None, :, :].swapaxes(-1, -2) * np.float32(scale)
     distance = np.arange(m - n, m)[:, None] - np.arange(m)
     visible = distance >= 0
     if window is not None:
         visible &= distance < window
     weights = softmax(np.where(visible, scores, np.float32(-np.inf)))
-    mixed = (weights @ value[:, None]).reshape(heads, n, head_size)
-    return mixed.swapaxes(0, 1).reshape(n, heads * head_size)
+    mixed = (weights @ value[..., None, :, :]).reshape(query.shape)
+    return mixed.swapaxes(-3, -2).reshape(*sequences, n, heads * head_size)
+
+
+class Weights(Protocol):
+    """A decoder's weights by Hugging Face's names, projections apart (no ``qkv_proj``)."""
+
+    def embed(self, token_ids: Sequence[int]) -> FloatArray:
+        """Rows of the embedding, shape (..., n, hidden_size)."""
+
+    def vector(self, name: str) -> FloatArray:
+        """A norm's weight or a bias, broadcast to (..., n, width)."""
+
+    def multiply(self, x: FloatArray, name: str) -> FloatArray:
+        """``x @ weight.T``: x (..., n, in), the matrix (out, in), the result (..., n, out)."""
 
 
 class Cache:
@@ -163,18 +188,18 @@ class Decoder:
 
     Args:
         config: Shape and constants.
-        weights: Every tensor by Hugging Face's name, projections apart (no ``qkv_proj``).
+        weights: Its tensors, wherever they are.
     """
 
-    def __init__(self, config: DecoderConfig, weights: Mapping[str, FloatArray]) -> None:
+    def __init__(self, config: DecoderConfig, weights: Weights) -> None:
         self.config = config
         self._weights = weights
 
     def forward(
         self,
         token_ids: Sequence[int],
-        cache: Cache,
-        start: int,
+        cache: Cache | None = None,
+        start: int = 0,
         *,
         before_layer: Callable[[], None] = lambda: None,
     ) -> FloatArray:
@@ -182,16 +207,16 @@ class Decoder:
 
         Args:
             token_ids: n ids.
-            cache: Holds ``start`` tokens, with room for n more.
+            cache: Of one sequence; holds ``start`` tokens, with room for n more. None where
+                the tokens are all that there is; LongRoPE then uses its short factors.
             start: Position of the first of the tokens.
             before_layer: Called before each block, so that a caller can end the pass.
 
         Returns:
-            Normalized hidden states, shape (n, hidden_size).
+            Normalized hidden states, shape (..., n, hidden_size).
         """
         config = self.config
-        embedding = self._weights["model.embed_tokens.weight"]
-        x = embedding[np.asarray(token_ids)] * np.float32(config.embedding_scale)
+        x = self._weights.embed(token_ids) * np.float32(config.embedding_scale)
         for layer in range(config.num_layers):
             before_layer()
             scope = f"model.layers.{layer}"
@@ -206,29 +231,31 @@ class Decoder:
         return self._norm("model.norm", x)
 
     def logits(self, hidden: FloatArray) -> FloatArray:
-        """Scores of every token, shape (n, vocab_size), from hidden states (n, hidden_size)."""
+        """Scores of every token, (..., n, vocab_size), from hidden states (..., n, hidden_size)."""
         tied = self.config.tie_word_embeddings
-        return hidden @ self._weights["model.embed_tokens.weight" if tied else "lm_head.weight"].T
+        head = "model.embed_tokens" if tied else "lm_head"
+        return self._weights.multiply(hidden, f"{head}.weight")
 
-    def _attention(self, layer: int, x: FloatArray, cache: Cache, start: int) -> FloatArray:
-        """Attention of n normalized positions (n, hidden_size), to themselves and the cache."""
+    def _attention(self, layer: int, x: FloatArray, cache: Cache | None, start: int) -> FloatArray:
+        """Attention of normalized positions (..., n, hidden_size), to themselves and the cache."""
         config, scope = self.config, f"model.layers.{layer}.self_attn"
-        query = self._heads(self._linear(f"{scope}.q_proj", x))
-        key = self._heads(self._linear(f"{scope}.k_proj", x))
-        value = self._heads(self._linear(f"{scope}.v_proj", x))
+        query, key, value = (
+            self._heads(self._linear(f"{scope}.{part}_proj", x, bias=config.qkv_bias))
+            for part in "qkv"
+        )
         if config.qk_norm:
             query = self._norm(f"{scope}.q_norm", query)
             key = self._norm(f"{scope}.k_norm", key)
-        cosines, sines = cache.rotary(layer, start, start + len(x))
-        keys, values = cache.append(layer, start, rotate(key, cosines, sines), value)
-        mixed = attend(
-            rotate(query, cosines, sines),
-            keys,
-            values,
-            scale=config.scale,
-            window=config.window_of(layer),
-        )
-        return self._linear(f"{scope}.o_proj", mixed)
+        n = x.shape[-2]
+        if cache is None:
+            cosines, sines = config.rope_of(layer).tables(n)
+        else:
+            cosines, sines = cache.rotary(layer, start, start + n)
+        query, key = rotate(query, cosines, sines), rotate(key, cosines, sines)
+        if cache is not None:
+            key, value = cache.append(layer, start, key, value)
+        mixed = attend(query, key, value, scale=config.scale, window=config.window_of(layer))
+        return self._linear(f"{scope}.o_proj", mixed, bias=config.output_bias)
 
     def _mlp(self, scope: str, x: FloatArray) -> FloatArray:
         """The gated MLP (Shazeer 2020, "GLU variants"): ``down(act(gate(x)) * up(x))``."""
@@ -239,14 +266,13 @@ class Decoder:
         )
 
     def _norm(self, scope: str, x: FloatArray) -> FloatArray:
-        weight = self._weights[f"{scope}.weight"] + np.float32(self.config.norm_offset)
+        weight = self._weights.vector(f"{scope}.weight") + np.float32(self.config.norm_offset)
         return rms_norm(x, weight, self.config.rms_norm_eps)
 
-    def _linear(self, scope: str, x: FloatArray) -> FloatArray:
-        product = x @ self._weights[f"{scope}.weight"].T
-        bias = self._weights.get(f"{scope}.bias")
-        return product if bias is None else product + bias
+    def _linear(self, scope: str, x: FloatArray, *, bias: bool = False) -> FloatArray:
+        product = self._weights.multiply(x, f"{scope}.weight")
+        return product + self._weights.vector(f"{scope}.bias") if bias else product
 
     def _heads(self, x: FloatArray) -> FloatArray:
-        """(n, heads * head_size) as (heads, n, head_size)."""
-        return x.reshape(len(x), -1, self.config.head_size).swapaxes(0, 1)
+        """(..., n, heads * head_size) as (..., heads, n, head_size)."""
+        return x.reshape(*x.shape[:-1], -1, self.config.head_size).swapaxes(-3, -2)

@@ -1,8 +1,8 @@
-"""Reads a checkpoint's weights into memory, for the decoder in NumPy."""
+"""A checkpoint's weights in memory, for the decoder in NumPy."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +12,34 @@ from phirt.models.decoder_config import DecoderConfig
 from phirt.models.safetensors import SafetensorsFolder
 from phirt.types import FloatArray
 
-__all__ = ["read_weights"]
+__all__ = ["MemoryWeights", "read_weights"]
 
 
-def read_weights(path: Path, config: DecoderConfig) -> dict[str, FloatArray]:
+class MemoryWeights:
+    """Tensors in memory, as float32 (`phirt.backends.reference.decoder.Weights`).
+
+    Args:
+        tensors: By Hugging Face's names.
+    """
+
+    def __init__(self, tensors: Mapping[str, FloatArray]) -> None:
+        self._tensors = tensors
+
+    def embed(self, token_ids: Sequence[int]) -> FloatArray:
+        """Rows of the embedding, shape (n, hidden_size)."""
+        rows: FloatArray = self._tensors["model.embed_tokens.weight"][np.asarray(token_ids)]
+        return rows
+
+    def vector(self, name: str) -> FloatArray:
+        """A norm's weight or a bias, shape (width,)."""
+        return self._tensors[name]
+
+    def multiply(self, x: FloatArray, name: str) -> FloatArray:
+        """``x @ weight.T``."""
+        return x @ self._tensors[name].T
+
+
+def read_weights(path: Path, config: DecoderConfig) -> MemoryWeights:
     """Every tensor of a safetensors folder, fused projections apart.
 
     Raises:
@@ -33,7 +57,7 @@ def read_weights(path: Path, config: DecoderConfig) -> dict[str, FloatArray]:
             "the weights in their own precision."
         ) from error
     _check_shapes(weights, config, path)
-    return weights
+    return MemoryWeights(weights)
 
 
 def _apart(name: str, values: FloatArray, config: DecoderConfig) -> dict[str, FloatArray]:
