@@ -11,6 +11,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any, Literal, Protocol, TypeVar
 
 from phirt.backends.at_exit import end_daemon, has_ended, in_runtime, is_exiting, will_end
@@ -97,7 +98,8 @@ class OneThread:
         """Run the call on the thread, and wait for it.
 
         An exception that is thrown into the waiting thread (Ctrl-C) is raised only once the
-        call has ended: what it works on is not the caller's to touch before.
+        call has ended, or if it has not been asked for: what it works on is not the caller's
+        to touch before.
 
         Raises:
             SessionClosedError: `close` was called before, or the interpreter is exiting.
@@ -105,6 +107,21 @@ class OneThread:
         if threading.current_thread() is self._thread:
             return call(*args)
         future: Future[_T] = Future()
+        asked = False
+        try:
+            self._ask(future, call, args)
+            asked = True
+            return future.result()
+        except BaseException as error:
+            # An interruption inside _ask may have come before the call was in the queue or
+            # after: what can be taken back is not run, and what cannot is waited for.
+            if future.done() or (not asked and future.cancel()):
+                raise
+            interruption = error
+        _wait_for_end(future)
+        raise interruption from future.exception()
+
+    def _ask(self, future: Future[_T], call: Callable[..., _T], args: tuple[Any, ...]) -> None:
         with self._lock:
             if self._closed:
                 raise SessionClosedError("The model is closed; load it again.")
@@ -112,7 +129,6 @@ class OneThread:
                 end_daemon()
                 raise SessionClosedError("Python is exiting, and with it the model's thread.")
             self._calls.put((future, call, args))
-        return _wait(future)
 
     def close(self) -> None:
         """End the thread once it has done what was asked of it before."""
@@ -135,10 +151,11 @@ def _end(thread: threading.Thread, calls: queue.SimpleQueue[Any]) -> None:
 def _serve(calls: queue.SimpleQueue[Any], at_end: Callable[[], object]) -> None:
     while (item := calls.get()) is not None:
         future, call, args = item
-        try:
-            future.set_result(in_runtime(call, *args))
-        except BaseException as error:
-            future.set_exception(error)  # It belongs to the caller's thread.
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(in_runtime(call, *args))
+            except BaseException as error:
+                future.set_exception(error)  # It belongs to the caller's thread.
         # Not kept until the next call: what it refers to may be large.
         del item, future, call, args
     try:
@@ -147,18 +164,8 @@ def _serve(calls: queue.SimpleQueue[Any], at_end: Callable[[], object]) -> None:
         has_ended()
 
 
-def _wait(future: Future[_T]) -> _T:
-    interruption: BaseException | None = None
-    while True:
-        try:
-            result = future.result()
-        except BaseException as error:
-            if not future.done():
-                interruption = error
-                continue
-            if interruption is not None:
-                raise interruption from error
-            raise
-        if interruption is not None:
-            raise interruption
-        return result
+def _wait_for_end(future: Future[Any]) -> None:
+    """Wait, whatever else is thrown into this thread meanwhile."""
+    while not future.done():
+        with suppress(BaseException):
+            future.exception()

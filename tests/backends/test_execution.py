@@ -88,7 +88,7 @@ def test_an_interrupted_wait_is_raised_once_the_call_has_ended(one_thread, outco
         if sys.platform != "win32":  # for mypy
             signal.pthread_kill(main, signal.SIGINT)
         assert interrupted.wait(timeout=30)
-        time.sleep(0.05)  # The interruption is in _wait now, and the call goes on.
+        time.sleep(0.05)  # The interruption is in run now, and the call goes on.
         ended.set()
         return 1 // (outcome == "result")
 
@@ -100,6 +100,77 @@ def test_an_interrupted_wait_is_raised_once_the_call_has_ended(one_thread, outco
         signal.signal(signal.SIGINT, previous)
     assert ended.is_set()
     assert isinstance(caught.value.__cause__, ZeroDivisionError) == (outcome == "error")
+
+
+class Interrupting:
+    """A queue whose ``put`` is interrupted, before or after it has put."""
+
+    def __init__(self, calls, *, before=None, after=None):
+        self.calls, self.before, self.after = calls, before, after
+
+    def put(self, item):
+        for interrupt in (self.before, lambda: self.calls.put(item), self.after):
+            if interrupt is not None:
+                interrupt()
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+class TestAnInterruptionWhileTheCallIsAskedFor:
+    """It may come on either side of the moment at which the call is the thread's."""
+
+    def test_before_it_the_call_is_never_made(self, one_thread):
+        calls = one_thread._calls
+        made: list[int] = []
+        one_thread._calls = Interrupting(calls, before=interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            one_thread.run(made.append, 1)
+        one_thread._calls = calls
+        assert one_thread.run(len, made) == 0
+
+    def test_a_call_that_has_not_begun_is_taken_back(self, one_thread):
+        calls = one_thread._calls
+        made: list[int] = []
+        begun, go_on = threading.Event(), threading.Event()
+
+        def busy():
+            begun.set()
+            assert go_on.wait(timeout=30)
+
+        other = threading.Thread(target=one_thread.run, args=(busy,))
+        other.start()
+        assert begun.wait(timeout=30)
+        one_thread._calls = Interrupting(calls, after=interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            one_thread.run(made.append, 1)
+        one_thread._calls = calls
+        go_on.set()
+        other.join()
+        assert one_thread.run(len, made) == 0
+
+    @pytest.mark.parametrize("outcome", ["result", "error"])
+    def test_a_call_that_has_begun_is_waited_for(self, one_thread, outcome):
+        calls = one_thread._calls
+        begun, ended = threading.Event(), threading.Event()
+
+        def call():
+            begun.set()
+            time.sleep(0.05)
+            ended.set()
+            return 1 // (outcome == "result")
+
+        def interrupt_the_call():
+            assert begun.wait(timeout=30)
+            raise KeyboardInterrupt
+
+        one_thread._calls = Interrupting(calls, after=interrupt_the_call)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            one_thread.run(call)
+        one_thread._calls = calls
+        assert ended.is_set()
+        assert isinstance(caught.value.__cause__, ZeroDivisionError) == (outcome == "error")
 
 
 def test_after_close_there_is_nothing_to_run_on():
