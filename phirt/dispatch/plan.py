@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from phirt.dispatch.measurements import Optimize, Setting
 
-__all__ = ["MemoryNeed", "Plan", "PlanCandidate", "PlannedArtifact", "Speed"]
+__all__ = [
+    "DEFAULT_CONTEXT",
+    "MemoryNeed",
+    "Plan",
+    "PlanCandidate",
+    "PlanRequest",
+    "PlannedArtifact",
+    "Speed",
+]
+
+DEFAULT_CONTEXT = 2048
+"""Tokens that memory is predicted for where nobody says, or the model's own limit if less."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +63,10 @@ class PlannedArtifact:
         bytes: Size of the weights' files, where known.
         kl: Mean KL divergence from its fp32 source that was measured when it was built, in
             nats, or None where it was not.
+        id: `Artifact.weights_id` and layout, by which measurements are kept; None where it is
+            not here.
+        devices: Kinds of device that it was exported for; empty for any.
+        backends: Backends that it is meant for; empty for all that read its layout.
     """
 
     format: str
@@ -60,6 +75,9 @@ class PlannedArtifact:
     path: Path | None = None
     bytes: int | None = None
     kl: float | None = None
+    id: str | None = None
+    devices: tuple[str, ...] = ()
+    backends: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +125,27 @@ class PlanCandidate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """What was asked for.
+
+    Attributes:
+        model: The model.
+        device: A device name, or ``"auto"``.
+        backend: A backend name, or ``"auto"``.
+        precision: A precision, or ``"auto"``.
+        context: Tokens of context that there must be memory for.
+        optimize: What the choice is for.
+    """
+
+    model: str
+    device: str = "auto"
+    backend: str = "auto"
+    precision: str = "auto"
+    context: int = DEFAULT_CONTEXT
+    optimize: Optimize = "latency"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """What `phirt.load` would do, or did.
 
@@ -134,3 +173,14 @@ class Plan:
     def chosen(self) -> PlanCandidate | None:
         """The candidate that is used, or None where none can be."""
         return next((each for each in self.candidates if each.status == "chosen"), None)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it in values of JSON; a path is text."""
+        document = asdict(self)
+        for row, candidate in zip(document["candidates"], self.candidates, strict=True):
+            if candidate.artifact is not None:
+                path = candidate.artifact.path
+                row["artifact"]["path"] = None if path is None else str(path)
+            if candidate.memory is not None:
+                row["memory"] |= {"total": candidate.memory.total, "fits": candidate.memory.fits}
+        return document

@@ -8,6 +8,7 @@ A package adds a backend through the entry-point group ``phirt.backends``::
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 from importlib.metadata import entry_points
@@ -15,7 +16,7 @@ from importlib.metadata import entry_points
 from phirt.errors import BackendBrokenError, UnknownBackendError
 from phirt.protocols import Backend
 
-__all__ = ["ENTRY_POINT_GROUP", "automatic_names", "backend_names", "get_backend"]
+__all__ = ["ENTRY_POINT_GROUP", "automatic_names", "backend_names", "formats_of", "get_backend"]
 
 ENTRY_POINT_GROUP = "phirt.backends"
 
@@ -27,6 +28,15 @@ _BUILT_IN = {
     "mlx": "phirt.backends.mlx:MlxBackend",
     "transformers": "phirt.backends.transformers:TransformersBackend",
     "reference": "phirt.backends.reference:ReferenceBackend",
+}
+# What each adapter says in `Backend.formats`, so that a plan need not import all of them.
+_FORMATS = {
+    "onnxruntime": ("onnx-genai", "onnx"),
+    "openvino": ("openvino", "onnx-genai", "onnx"),
+    "onnxruntime-genai": ("onnx-genai",),
+    "mlx": ("mlx", "safetensors"),
+    "transformers": ("safetensors",),
+    "reference": ("safetensors",),
 }
 # Written to be read and compared with, not to be fast: used where it is named.
 _ONLY_BY_NAME = ("reference",)
@@ -67,6 +77,15 @@ def get_backend(name: str) -> Backend:
             f"{type(error).__name__}: {error}. Reinstall or update the package that brings it."
         ) from error
     return backend
+
+
+def formats_of() -> dict[str, tuple[str, ...]]:
+    """The layouts that each registered backend reads; one whose adapter is broken is left out."""
+    found = dict(_FORMATS)
+    for name in backend_names()[len(_BUILT_IN) :]:
+        with contextlib.suppress(BackendBrokenError):
+            found[name] = tuple(get_backend(name).formats)
+    return found
 
 
 def _plugins() -> dict[str, str]:

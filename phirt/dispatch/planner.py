@@ -1,0 +1,268 @@
+"""From the record of a machine and the forms of a model to a plan, by data alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from phirt.devices.machine import BackendRecord, Machine, Quarantine
+from phirt.devices.names import DeviceName
+from phirt.dispatch.measurements import Measurement
+from phirt.dispatch.plan import Plan, PlanCandidate, PlannedArtifact, PlanRequest
+from phirt.dispatch.ranking import Tier, Way, rank, tier_of
+from phirt.dispatch.registry import automatic_names, formats_of
+from phirt.models.variants import device_rank
+from phirt.protocols import Accept, Reject
+from phirt.types import Availability
+
+__all__ = ["Accepts", "make_plan"]
+
+Accepts: TypeAlias = Callable[[PlannedArtifact, str, str], Accept | Reject]
+"""``f(artifact, backend, device)``: whether the backend's adapter takes it there."""
+
+# What a probe says of a device that a load may be tried on.
+_OFFERED = ("found", "loads", "ran")
+
+
+def make_plan(
+    machine: Machine,
+    artifacts: Sequence[PlannedArtifact],
+    request: PlanRequest,
+    *,
+    formats: Mapping[str, Sequence[str]] | None = None,
+    refusals: Mapping[str, str] | None = None,
+    measurements: Sequence[Measurement] = (),
+    accepts: Accepts | None = None,
+    notes: Sequence[str] = (),
+) -> Plan:
+    """Every way to run a model on a machine, ranked, and why the others are none.
+
+    Nothing is asked of this machine: the record of another one gives the plan that is made
+    there.
+
+    Args:
+        machine: The record.
+        artifacts: The forms of the model, preferred first.
+        request: What was asked for.
+        formats: The layouts that each backend reads, preferred first; those of the adapters
+            that are registered here where not given.
+        refusals: Why a backend cannot have the model in any form, by backend, where that is
+            known.
+        measurements: What was measured of these artifacts on that machine.
+        accepts: Asks the adapters, where the artifacts and the runtimes are here.
+        notes: Put into the plan.
+
+    Raises:
+        ValueError: The name of the device is malformed.
+    """
+    judge = _Judge(
+        machine=machine,
+        artifacts=artifacts,
+        request=request,
+        device=DeviceName.parse(request.device),
+        formats=formats_of() if formats is None else formats,
+        refusals=refusals or {},
+        measurements=measurements,
+        accepts=accepts,
+    )
+    ways: list[Way] = []
+    rejected: list[PlanCandidate] = []
+    for record in machine.backends:
+        for row in judge.rows(record):
+            if isinstance(row, Way):
+                ways.append(row)
+            else:
+                rejected.append(row)
+    ranked = rank(
+        ways,
+        optimize=request.optimize,
+        precision=request.precision,
+        is_named="auto" not in (request.device, request.backend),
+    )
+    return Plan(
+        model=request.model,
+        device=request.device,
+        backend=request.backend,
+        precision=request.precision,
+        context=request.context,
+        optimize=request.optimize,
+        candidates=(*ranked, *rejected),
+        notes=tuple(notes),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Judge:
+    """Says of each backend, device and artifact whether it can be used."""
+
+    machine: Machine
+    artifacts: Sequence[PlannedArtifact]
+    request: PlanRequest
+    device: DeviceName
+    formats: Mapping[str, Sequence[str]]
+    refusals: Mapping[str, str]
+    measurements: Sequence[Measurement]
+    accepts: Accepts | None
+
+    def rows(self, record: BackendRecord) -> Iterator[Way | PlanCandidate]:
+        """The rows of one backend."""
+        name, asked = record.backend, self.request.backend
+        offered = [each for each in record.listing if each.status in _OFFERED]
+        if asked not in ("auto", name):
+            for device in [each.device for each in offered] or [self._any_device]:
+                yield _out(name, device, f"backend {asked!r} was asked for")
+            return
+        if asked == "auto" and name not in automatic_names():
+            for device in [each.device for each in offered] or [self._any_device]:
+                yield _out(name, device, "it is used by name only")
+            return
+        if record.outcome == "not run":
+            reason = f"nothing is known of it yet: {record.reason}"
+            yield from self._on(record, Availability(self._any_device, "found", reason))
+            return
+        if record.outcome != "listed":
+            yield _out(name, self._any_device, record.reason, record.fix)
+            return
+        for offer in record.listing:
+            if offer not in offered:
+                yield _out(name, offer.device, offer.reason, offer.fix)
+        if offered:
+            yield from self._among(record, offered)
+
+    @property
+    def _any_device(self) -> str:
+        """The device of a row that is about the backend as a whole."""
+        return "cpu" if self.device.kind == "auto" else str(self.device)
+
+    def _among(
+        self, record: BackendRecord, offered: Sequence[Availability]
+    ) -> Iterator[Way | PlanCandidate]:
+        if self.device.kind == "auto":
+            for offer in offered:
+                yield from self._on(record, offer)
+            return
+        match = offer_of(offered, self.device)
+        for offer in offered:
+            if offer is match:
+                yield from self._on(record, offer, device=str(self.device))
+            elif not self.device.is_one_of([offer.device]):
+                reason = f"device {self.request.device!r} was asked for"
+                yield _out(record.backend, offer.device, reason)
+        if match is None:
+            names = ", ".join(dict.fromkeys(offer.device for offer in offered))
+            yield _out(
+                record.backend,
+                str(self.device),
+                f"device '{self.device}' is not available to it: it offers {names}",
+                'Pass one of these, or device="auto".',
+            )
+
+    def _on(
+        self, record: BackendRecord, offer: Availability, device: str | None = None
+    ) -> Iterator[Way | PlanCandidate]:
+        """The rows of one device, one an artifact."""
+        name, device = record.backend, device or offer.device
+        tier, doubt = tier_of(offer), ""
+        if tier is Tier.BY_NAME and self.device.kind == "auto" and self.request.backend == "auto":
+            yield _out(name, device, "it is used by name only: there the runtime chooses")
+            return
+        fault = self._fault(record, offer)
+        if fault is not None:
+            reason, fix, is_only_doubt = fault
+            if not is_only_doubt or self.device.kind == "auto":
+                yield _out(name, device, reason, fix)
+                return
+            doubt = f"{reason} (it was named, so it may be used)"
+        fitting = self._fitting(name, device)
+        if not fitting:
+            yield _out(name, device, self.refusals.get(name) or self._no_artifact(name, device))
+        for artifact in fitting:
+            verdict = Accept() if self.accepts is None else self.accepts(artifact, name, device)
+            if isinstance(verdict, Reject):
+                yield _out(name, device, verdict.reason.rstrip("."), verdict.fix, artifact)
+                continue
+            candidate = PlanCandidate(
+                artifact=artifact, backend=name, device=device, status="usable", reason=""
+            )
+            yield Way(candidate=candidate, tier=tier, tried=_tried(record, offer), doubt=doubt)
+
+    def _fault(
+        self, record: BackendRecord, offer: Availability
+    ) -> tuple[str, str | None, bool] | None:
+        """What is wrong with a device: reason, fix, and whether its name lets it be used."""
+        entry = next((q for q in self.machine.quarantine if _is_of(q, record, offer)), None)
+        if entry is not None:
+            fix = "Update its driver or runtime, which ends the quarantine."
+            return f"quarantined since {entry.when}: {entry.reason}", fix, True
+        trial = record.trial(offer.device)
+        if trial is None or trial.outcome in ("ran", "not run"):
+            return None
+        return trial.reason, trial.fix, trial.outcome == "wrong numbers"
+
+    def _fitting(self, backend: str, device: str) -> list[PlannedArtifact]:
+        readable = tuple(self.formats.get(backend, ()))
+        kind = DeviceName.parse(device).kind
+        fitting = [
+            artifact
+            for artifact in self.artifacts
+            if artifact.format in readable
+            and backend in (artifact.backends or (backend,))
+            and device_rank(kind, frozenset(artifact.devices)) is not None
+        ]
+        # Where the caller has not said what is meant for whom, the backend's own order counts.
+        return sorted(fitting, key=lambda a: 0 if a.backends else readable.index(a.format))
+
+    def _no_artifact(self, backend: str, device: str) -> str:
+        reads = " or ".join(self.formats.get(backend, ())) or "nothing that is known"
+        held = " and ".join(dict.fromkeys(_described(artifact) for artifact in self.artifacts))
+        return f"it reads {reads}, and the model is there as {held or 'none'} (for {device})"
+
+
+def offer_of(offered: Sequence[Availability], device: DeviceName) -> Availability | None:
+    """The one of a backend's devices that a name means, or None."""
+    for offer in offered:
+        if device.is_one_of([offer.device]):
+            return offer
+    # A kind without a number says nothing of how many there are: the load will. A machine has
+    # one CPU.
+    names = [offer.device for offer in offered]
+    is_numbered = any(name.startswith(f"{device.kind}:") for name in names)
+    if device.kind == "cpu" or is_numbered:
+        return None
+    return next((offer for offer in offered if offer.device == device.kind), None)
+
+
+def _out(
+    backend: str,
+    device: str,
+    reason: str,
+    fix: str | None = None,
+    artifact: PlannedArtifact | None = None,
+) -> PlanCandidate:
+    return PlanCandidate(
+        artifact=artifact,
+        backend=backend,
+        device=device,
+        status="rejected",
+        reason=reason,
+        fix=fix,
+    )
+
+
+def _tried(record: BackendRecord, offer: Availability) -> str:
+    trial = record.trial(offer.device)
+    if trial is None:
+        return "" if record.outcome == "listed" else offer.reason
+    return "a tiny model ran there" if trial.outcome == "ran" else trial.reason
+
+
+def _is_of(entry: Quarantine, record: BackendRecord, offer: Availability) -> bool:
+    driver = None if offer.hardware is None else offer.hardware.driver
+    found = (record.backend, offer.device, offer.version or record.version, driver)
+    return (entry.backend, entry.device, entry.version, entry.driver) == found
+
+
+def _described(artifact: PlannedArtifact) -> str:
+    devices = f" for {' and '.join(artifact.devices)}" if artifact.devices else ""
+    return f"{artifact.format}{devices}"

@@ -1,0 +1,189 @@
+"""In which order the ways to run a model go, and the sentence that says why.
+
+Without measurements the order is a rule of thumb: a GPU with memory of its own, then the
+CPU, then what shares the CPU's memory or is computed by it. What was measured goes by the
+predicted time. Neither outweighs quality: numbers further from the model's own do not win
+by being there sooner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+from phirt.devices.names import DeviceName
+from phirt.dispatch.measurements import Optimize
+from phirt.dispatch.plan import PlanCandidate, PlannedArtifact
+from phirt.types import Availability
+
+__all__ = ["KL_TOLERANCE", "Tier", "Way", "rank", "tier_of"]
+
+KL_TOLERANCE = 0.01
+"""What KL divergence may be above that of the best candidate, in nats, without coming after it."""
+
+# Whose distance from the source is known to be under the tolerance where it was not measured
+# (docs/precision.md). Of others, int4 first of all, nothing can be said beforehand.
+_FAITHFUL = ("fp32", "fp16", "bf16", "exact", "int8")
+
+_WORKLOADS: dict[Optimize, str] = {
+    "latency": "one answer",
+    "prefill": "a long prompt",
+    "throughput": "many requests at once",
+}
+
+
+class Tier(IntEnum):
+    """What a device is to a choice that cannot rest on measurements; lower goes first.
+
+    `MEASURED` stands between them: only a GPU with memory of its own goes before what was
+    measured, because it would win as soon as it was.
+    """
+
+    GPU = 0
+    MEASURED = 1
+    CPU = 2
+    INTEGRATED = 3
+    NPU = 4
+    OTHER = 5
+    BY_NAME = 6
+
+
+# Of the kinds that say it all. `cuda` and `metal` are the best that their machines have, whoever
+# owns the memory; `webgpu` and `coreml` may be anything; a runtime that chooses for itself
+# ("openvino-auto") is not chosen for a user who has not said so.
+_TIERS = {
+    "cpu": Tier.CPU,
+    "cuda": Tier.GPU,
+    "tensorrt-rtx": Tier.GPU,
+    "metal": Tier.GPU,
+    "npu": Tier.NPU,
+    "webgpu": Tier.OTHER,
+    "coreml": Tier.OTHER,
+    "openvino-cpu": Tier.OTHER,
+    "openvino-auto": Tier.BY_NAME,
+}
+
+_NOTES = {
+    Tier.GPU: "a GPU goes before the CPU",
+    Tier.CPU: "the CPU",
+    Tier.INTEGRATED: "a GPU without memory of its own comes after the CPU until it is measured",
+    Tier.NPU: "an NPU comes after the CPU until it is measured",
+    Tier.OTHER: "it comes after the CPU until it is measured",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """A usable candidate, and what its place depends on.
+
+    Attributes:
+        candidate: The candidate, with no reason yet.
+        tier: What its device is.
+        tried: What is known of the device working at all, for the reason.
+        doubt: Why it would be out under ``"auto"``, where it was asked for by name; else "".
+    """
+
+    candidate: PlanCandidate
+    tier: Tier
+    tried: str
+    doubt: str = ""
+
+
+def tier_of(offer: Availability) -> Tier:
+    """What a device is, as its runtime tells.
+
+    A GPU of which nobody tells whether it has memory of its own counts as one that has where
+    its kind or its vendor leaves no doubt (``cuda``, ``metal``, NVIDIA), else as one that
+    has not.
+    """
+    kind = DeviceName.parse(offer.device).kind
+    hardware = offer.hardware
+    if hardware is not None and hardware.software:
+        return Tier.OTHER
+    if kind in _TIERS:
+        return _TIERS[kind]
+    if hardware is None:
+        return Tier.INTEGRATED
+    discrete = hardware.vendor == "nvidia" if hardware.discrete is None else hardware.discrete
+    return Tier.GPU if discrete else Tier.INTEGRATED
+
+
+def rank(
+    ways: Sequence[Way], *, optimize: Optimize, precision: str, is_named: bool
+) -> list[PlanCandidate]:
+    """The ways in order, each with its reason; the first is chosen.
+
+    Args:
+        ways: In order of preference of the backends.
+        optimize: What the choice is for.
+        precision: What was asked for: where one is named, quality is its user's business.
+        is_named: Whether backend and device were both named.
+    """
+    local = [way for way in ways if not _is_to_fetch(way)]
+    best = min((_distance(way) for way in local or ways), default=0.0)
+
+    def is_worse(way: Way) -> bool:
+        return precision == "auto" and _distance(way) > best + KL_TOLERANCE
+
+    def place(way: Way) -> tuple[bool, bool, bool, int, float]:
+        speed = way.candidate.speed
+        tier = way.tier if speed is None else Tier.MEASURED
+        seconds = 0.0 if speed is None else speed.seconds
+        return bool(way.doubt), bool(local) and _is_to_fetch(way), is_worse(way), tier, seconds
+
+    ordered = sorted(ways, key=place)
+    found = []
+    for position, way in enumerate(ordered):
+        reasons = [way.doubt] if way.doubt else []
+        if is_named:
+            reasons.append("it was named")
+        if local and _is_to_fetch(way):
+            reasons.append("it would have to be downloaded, and the model is here in another form")
+        if is_worse(way):
+            reasons.append(_why_worse(way, best))
+        reasons.append(_why(way, optimize, is_first=position == 0))
+        if way.tried:
+            reasons.append(way.tried)
+        candidate = replace(way.candidate, reason="; ".join(reasons))
+        found.append(candidate if position else replace(candidate, status="chosen"))
+    return found
+
+
+def _why(way: Way, optimize: Optimize, *, is_first: bool) -> str:
+    speed = way.candidate.speed
+    if speed is None:
+        order = f", where {way.candidate.backend} comes first" if is_first else ""
+        return f"not measured: {_NOTES.get(way.tier, 'it was named')}{order}"
+    fastest = "the fastest that was measured" if is_first else "measured"
+    return f"{fastest}: {speed.seconds:.3g} s for {_WORKLOADS[optimize]}"
+
+
+def _why_worse(way: Way, best: float) -> str:
+    known = way.candidate.artifact.kl if way.candidate.artifact else None
+    distance = "by nobody knows how much" if known is None else f"by a KL divergence of {known:.3f}"
+    return (
+        f"its weights differ from the source {distance}, those of another candidate by "
+        f"{best:.3f}: it goes first only where its precision is named"
+    )
+
+
+def _is_to_fetch(way: Way) -> bool:
+    artifact = way.candidate.artifact
+    return artifact is not None and artifact.state == "to fetch"
+
+
+def _distance(way: Way) -> float:
+    """KL divergence from the source, as it was measured or as the precision is known to have."""
+    artifact = way.candidate.artifact
+    if artifact is None:
+        return 0.0
+    if artifact.kl is not None:
+        return artifact.kl
+    return 0.0 if _is_faithful(artifact) else float("inf")
+
+
+def _is_faithful(artifact: PlannedArtifact) -> bool:
+    # What is still to be made, "auto" makes in a precision that is faithful.
+    is_automatic = artifact.precision is None and artifact.state == "to convert"
+    return is_automatic or artifact.precision in _FAITHFUL
