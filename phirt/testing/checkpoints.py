@@ -23,7 +23,7 @@ from phirt.testing.tiny_tokenizer import (
 )
 from phirt.types import FloatArray
 
-__all__ = ["TINY_ARCHITECTURES", "write_tiny_checkpoint"]
+__all__ = ["TINY_ARCHITECTURES", "safetensors_bytes", "write_tiny_checkpoint"]
 
 TINY_ARCHITECTURES = ("llama", "qwen2", "qwen3", "gemma3_text", "mistral", "phi3", "phimoe")
 """What `write_tiny_checkpoint` can write, by Hugging Face's ``model_type``."""
@@ -149,7 +149,7 @@ def write_tiny_checkpoint(folder: Path, architecture: str, *, seed: int = 0) -> 
     _write_json(folder / "tokenizer_config.json", tokenizer_config_document())
     random = np.random.default_rng([seed, TINY_ARCHITECTURES.index(architecture)])
     tensors = dict(_Weights(config, random).tensors())
-    (folder / "model.safetensors").write_bytes(_safetensors(tensors))
+    (folder / "model.safetensors").write_bytes(safetensors_bytes(tensors))
     return folder
 
 
@@ -157,7 +157,7 @@ def _write_json(path: Path, document: dict[str, Any]) -> None:
     path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
-def _safetensors(tensors: dict[str, FloatArray]) -> bytes:
+def safetensors_bytes(tensors: dict[str, FloatArray]) -> bytes:
     """A safetensors file: the header's length in 8 bytes, the header in JSON, the data."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
