@@ -24,6 +24,7 @@ __all__ = [
     "LAYOUTS",
     "ONNX_NAMES",
     "Layout",
+    "files_of_weights",
     "find_layout",
     "fingerprint",
     "held_formats",
@@ -144,7 +145,7 @@ def fingerprint(folder: Path, layout: Layout) -> str:
         layout: What `find_layout` found, with its graph.
     """
     digest = hashlib.sha256()
-    for file in _files_of_weights(folder, layout):
+    for file in files_of_weights(folder, layout):
         status = file.stat()
         role = "graph" if file == layout.model_path else "data"
         digest.update(f"{role}\0{file.name}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
@@ -206,7 +207,13 @@ def _names_in(folder: Path) -> frozenset[str]:
     return frozenset(entry.name for entry in folder.iterdir()) if folder.is_dir() else frozenset()
 
 
-def _files_of_weights(folder: Path, layout: Layout) -> Iterable[Path]:
+def files_of_weights(folder: Path, layout: Layout) -> Iterable[Path]:
+    """The graph, and every file beside it that can hold its weights.
+
+    Args:
+        folder: The model folder.
+        layout: What `find_layout` found, with its graph.
+    """
     if layout.format == "openvino":
         return [folder / name for name in _OPENVINO]
     if layout.model_path is None:
