@@ -30,7 +30,14 @@ SCHEMA = 1
 
 ListingOutcome: TypeAlias = Literal["listed", "raised", "crashed", "timed out", "not run"]
 TrialOutcome: TypeAlias = Literal[
-    "ran", "raised", "elsewhere", "wrong numbers", "crashed", "timed out", "not run"
+    "ran",
+    "raised",
+    "no device",
+    "elsewhere",
+    "wrong numbers",
+    "crashed",
+    "timed out",
+    "not run",
 ]
 
 
@@ -105,7 +112,8 @@ class Trial:
 
     Attributes:
         device: The device's name, as the backend lists it.
-        outcome: ``ran`` and gave the right numbers; ``raised``; ran ``elsewhere``; gave
+        outcome: ``ran`` and gave the right numbers; ``raised``, ``no device`` where the error
+            says that the runtime does not find it; ran ``elsewhere``; gave
             ``wrong numbers``; ``crashed`` or ``timed out``, process and all; ``not run`` where
             no process could be started.
         reason: What was seen, in one sentence.

@@ -1,0 +1,221 @@
+"""Runs a module of phirt's in a Python of its own, with a time limit.
+
+A runtime may abort, meet an instruction that the processor lacks, or hang in a driver while it
+merely looks for devices. In a process of its own that costs the application nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+__all__ = ["CHILD", "ChildEnd", "Ending", "describe_exit", "run_child"]
+
+CHILD = "PHIRT_PROBE_CHILD"
+"""Set in a child's environment: a child starts none of its own."""
+
+Ending: TypeAlias = Literal["answered", "crashed", "timed out", "not run"]
+
+_TAIL_BYTES = 8192
+_TAIL_LINES = 3
+_TAIL_CHARACTERS = 400
+
+if sys.platform == "win32":
+    _CREATION_FLAGS = subprocess.CREATE_NO_WINDOW
+else:
+    _CREATION_FLAGS = 0
+
+# What a process of Python is called. In an application that embeds Python, sys.executable may
+# be the application, and would start a second one.
+_PYTHON = re.compile(r"(python|pypy|graalpy)", re.IGNORECASE)
+
+_SIGNALS = {
+    "SIGILL": "an instruction that this processor does not have",
+    "SIGSEGV": "memory that is not there was accessed",
+    "SIGBUS": "memory that cannot be read was accessed",
+    "SIGFPE": "an arithmetic error",
+    "SIGABRT": "it aborted itself",
+    "SIGKILL": "it was killed; the system does that when memory runs out",
+    "SIGTERM": "it was told to end",
+}
+# NTSTATUS values, which Windows gives as exit codes:
+# https://learn.microsoft.com/openspecs/windows_protocols/ms-erref/596a1078-e883-4972-9bbc-49e60bebca55
+_NT_STATUS = {
+    0xC0000005: "memory that is not there was accessed",
+    0xC0000017: "memory ran out",
+    0xC000001D: "an instruction that this processor does not have",
+    0xC0000094: "an arithmetic error",
+    0xC00000FD: "the stack overflowed",
+    0xC0000135: "a DLL that it needs was not found",
+    0xC0000139: "a DLL lacks a function that it needs",
+    0xC0000142: "a DLL failed to initialise",
+    0xC0000374: "the heap was damaged",
+    0xC0000409: "it aborted itself",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildEnd:
+    """How a child ended.
+
+    Attributes:
+        ending: ``answered``: it wrote its answer and ended as it should; ``crashed``,
+            ``timed out``, or ``not run``, where no process could be started.
+        answer: What it wrote to its file; empty unless it answered.
+        reason: What was seen where it did not answer, in one sentence without its full stop.
+        seconds: How long it took.
+    """
+
+    ending: Ending
+    answer: str = ""
+    reason: str = ""
+    seconds: float = 0.0
+
+
+def run_child(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    timeout_s: float,
+    environment: Mapping[str, str] | None = None,
+) -> ChildEnd:
+    """Run ``python -m module ARGUMENTS FILE`` and return what it writes to FILE.
+
+    Args:
+        module: The module; it finds the same packages as this process.
+        arguments: Its arguments, before the file's name.
+        timeout_s: Seconds after which it is killed, with whatever it started.
+        environment: Variables to set for it, beside those of this process.
+    """
+    obstacle = _obstacle()
+    if obstacle is not None:
+        return ChildEnd(ending="not run", reason=obstacle)
+    started = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory(prefix="phirt-", ignore_cleanup_errors=True) as folder:
+            answer, output = Path(folder, "answer.json"), Path(folder, "output.txt")
+            command = [sys.executable, "-P", "-m", module, *arguments, str(answer)]
+            variables = _environment(folder) | dict(environment or {})
+            code = _run(command, output, timeout_s=timeout_s, environment=variables)
+            seconds = time.perf_counter() - started
+            # A crash while it ends costs nothing: the answer is whole once it has its name.
+            if answer.is_file():
+                text = answer.read_text(encoding="utf-8")
+                return ChildEnd(ending="answered", answer=text, seconds=seconds)
+            said = _tail(output)
+    except OSError as error:
+        # No process, no temporary folder, no memory for either.
+        return ChildEnd(ending="not run", reason=f"no process could be started: {error}")
+    if code is None:
+        reason = f"gave no answer within {timeout_s:g} s{said}"
+        return ChildEnd(ending="timed out", reason=reason, seconds=seconds)
+    reason = describe_exit(code, windows=os.name == "nt") + said
+    return ChildEnd(ending="crashed", reason=reason, seconds=seconds)
+
+
+def describe_exit(code: int, *, windows: bool) -> str:
+    """What a process's exit status means, in words.
+
+    Args:
+        code: As `subprocess.Popen.returncode` has it.
+        windows: Whether the process was one of Windows.
+    """
+    if windows:
+        status = code & 0xFFFFFFFF
+        if status >= 0xC0000000:  # severity "error"
+            meaning = _NT_STATUS.get(status, "a fault that phirt has no words for")
+            return f"crashed with 0x{status:08X}: {meaning}"
+    elif code < 0:
+        try:
+            name = signal.Signals(-code).name
+        except ValueError:
+            name = f"signal {-code}"
+        return f"crashed with {name}: {_SIGNALS.get(name, 'it was ended by a signal')}"
+    return f"ended with exit status {code} and without an answer"
+
+
+def _obstacle() -> str | None:
+    """Why no child can be started, or None."""
+    if CHILD in os.environ:
+        return "this process was itself started to look for devices"
+    if getattr(sys, "frozen", False) or not sys.executable:
+        return "this application brings no Python that could be started"
+    if not _PYTHON.match(Path(sys.executable).name):
+        return f"sys.executable is not Python but {Path(sys.executable).name!r}"
+    return None
+
+
+def _environment(folder: str) -> dict[str, str]:
+    # What this process imports, the child imports: its path is more than its interpreter's.
+    path = [str(Path(entry).absolute()) for entry in sys.path]
+    return os.environ | {
+        CHILD: "1",
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
+        "PYTHONIOENCODING": "utf-8:backslashreplace",
+        # Looking for devices is no reason to leave anything behind, or to ask anybody.
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PHIRT_HOME": str(Path(folder, "home")),
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _run(
+    command: list[str], output: Path, *, timeout_s: float, environment: dict[str, str]
+) -> int | None:
+    """The exit status, or None where it was late. What it says goes to a file.
+
+    A pipe would stay open, and be waited for, as long as anything that it started lives.
+    """
+    with (
+        output.open("wb") as sink,
+        subprocess.Popen(  # noqa: S603  # this interpreter, and names of modules and devices
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=sink,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            creationflags=_CREATION_FLAGS,
+        ) as process,
+    ):
+        try:
+            return process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.returncode is None:  # late, or the wait was interrupted
+                _kill(process)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    import psutil
+
+    family: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        parent = psutil.Process(process.pid)
+        family = [*parent.children(recursive=True), parent]
+    for member in family:
+        with contextlib.suppress(psutil.Error):
+            member.kill()
+    process.kill()
+
+
+def _tail(output: Path) -> str:
+    """The last lines that a child said, for a message; empty where it said nothing."""
+    with output.open("rb") as file:
+        file.seek(max(file.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))
+        text = file.read().decode("utf-8", errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()][-_TAIL_LINES:]
+    said = " / ".join(lines)
+    if len(said) > _TAIL_CHARACTERS:
+        said = f"...{said[-_TAIL_CHARACTERS:]}"
+    return f". It said last: {said}" if said else ""
