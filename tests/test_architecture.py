@@ -21,6 +21,7 @@ PACKAGE = Path(phirt.__file__).parent
 # From the bottom up: a room may import itself and the rows above its own, never its own row.
 LEVELS = [
     ["_version"],
+    ["silence"],
     ["errors"],
     ["types"],
     ["protocols"],

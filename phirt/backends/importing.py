@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 
 from phirt.backends.distributions import check_single_owner
 from phirt.errors import BackendBrokenError, BackendNotInstalledError
 from phirt.protocols import Availability
+from phirt.silence import import_silently
 
 __all__ = ["import_runtime", "unavailable"]
 
 
 def import_runtime(module: str, *, backend: str, extra: str) -> ModuleType:
-    """Import a runtime's top-level module.
+    """Import a runtime's top-level module, with its telemetry off.
 
     Raises:
         BackendNotInstalledError: There is no such module.
@@ -23,7 +23,7 @@ def import_runtime(module: str, *, backend: str, extra: str) -> ModuleType:
     """
     check_single_owner(module, backend=backend)
     try:
-        return importlib.import_module(module)
+        return import_silently(module)
     except ModuleNotFoundError as error:
         if error.name == module:
             raise BackendNotInstalledError(

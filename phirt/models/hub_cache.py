@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 from phirt.models.hub import HubFile, HubSnapshot
+from phirt.silence import silence
 
 __all__ = ["cached_files"]
 
@@ -35,6 +36,7 @@ def cached_files(snapshot: HubSnapshot, file: HubFile) -> list[Path]:
 
 def _cache() -> Path:
     """The cache's folder, by the variables as they are now."""
+    silence("huggingface_hub")
     from huggingface_hub import constants
 
     for variable, folder in _VARIABLES:

@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from phirt._version import __version__
 from phirt.errors import ModelNotFoundError, UnsafeModelError
+from phirt.silence import silence
 
 if TYPE_CHECKING:
     import httpx2
@@ -135,6 +136,7 @@ def endpoint() -> str:
     Raises:
         ModelNotFoundError: It is no address.
     """
+    silence("huggingface_hub")
     from huggingface_hub import constants
 
     address = os.environ.get("HF_ENDPOINT") or constants.HUGGINGFACE_CO_URL_HOME
@@ -207,6 +209,7 @@ def body(response: httpx2.Response) -> Iterator[bytes]:
 
 def _follow(url: str, first_byte: int) -> tuple[httpx2.Response, bool]:
     """The first answer that is no redirect, and whether a token was sent for it."""
+    silence("huggingface_hub")
     import httpx2
     from huggingface_hub import constants
 
@@ -257,6 +260,7 @@ def _finish(response: httpx2.Response) -> None:
 
 
 def _client() -> httpx2.Client:
+    silence("huggingface_hub")
     from huggingface_hub import get_session
 
     try:
@@ -269,6 +273,7 @@ def _client() -> httpx2.Client:
 
 
 def _token() -> str | None:
+    silence("huggingface_hub")
     from huggingface_hub import constants, get_token
 
     return None if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN else get_token()
@@ -281,6 +286,7 @@ def _origin(url: httpx2.URL) -> tuple[str, str, int | None]:
 @contextmanager
 def _translated() -> Iterator[None]:
     """Raise the client's errors as phirt's, or as `TransientError`."""
+    silence("huggingface_hub")
     import httpx2
     from huggingface_hub.errors import OfflineModeIsEnabled, OIDCError
 
@@ -307,6 +313,7 @@ def _translated() -> Iterator[None]:
 
 def _wait_asked_for(response: httpx2.Response) -> float | None:
     """Seconds that the hub asks to wait: Retry-After, or what is left of its rate limit."""
+    silence("huggingface_hub")
     # Lazily exported, which mypy does not see.
     from huggingface_hub.utils import parse_ratelimit_headers  # type: ignore[attr-defined]
 

@@ -55,8 +55,6 @@ _EXTRA = "cpu"
 
 
 def _import() -> Any:
-    # Read once, when the library initialises; a user's own setting stands.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     return import_runtime("onnxruntime", backend=_NAME, extra=_EXTRA)
 
 

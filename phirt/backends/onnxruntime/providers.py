@@ -6,7 +6,6 @@ node by node. Here no fallback is asked for, and the assignment of the nodes is 
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import pkgutil
 import threading
@@ -19,6 +18,7 @@ from phirt.backends.onnx_nodes import is_heavy
 from phirt.devices.names import DeviceName
 from phirt.errors import BackendBrokenError, DeviceNotAvailableError, DevicePlacementError
 from phirt.protocols import Placement
+from phirt.silence import import_silently
 
 __all__ = ["Provider", "add_to", "find_provider", "installed", "read_placement"]
 
@@ -230,7 +230,7 @@ def _is_installed(module: str) -> bool:
 
 
 def _import_plugin(module: str) -> Any:
-    return importlib.import_module(module)
+    return import_silently(module)
 
 
 _registered: dict[str, tuple[str, ...]] = {}

@@ -8,7 +8,6 @@ once: every later token is then *chosen* by genai, from logits that leave no cho
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
 from collections import Counter
@@ -76,14 +75,9 @@ _NO_DEVICE = re.compile(
 
 
 def _import() -> Any:
-    # Read once, when onnxruntime initialises; a user's own setting stands.
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     # genai loads the library inside this package, whichever distribution wrote it last.
     check_single_owner("onnxruntime", backend=_NAME)
-    og = import_runtime("onnxruntime_genai", backend=_NAME, extra=_EXTRA)
-    if os.environ["ORT_DISABLE_TELEMETRY"] == "1":
-        og.disable_telemetry_events()
-    return og
+    return import_runtime("onnxruntime_genai", backend=_NAME, extra=_EXTRA)
 
 
 class OnnxRuntimeGenaiBackend:

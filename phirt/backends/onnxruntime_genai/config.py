@@ -8,7 +8,6 @@ is handed over in memory beside it.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import json
 import mmap
@@ -26,6 +25,7 @@ from phirt.devices.names import DeviceName
 from phirt.errors import BackendBrokenError, DeviceNotAvailableError
 from phirt.models.genai_config import GENAI_CONFIG_NAME, DecoderSpec
 from phirt.protocols import LoadOptions
+from phirt.silence import import_silently
 
 __all__ = ["PROVIDERS", "Provider", "Settings", "choose_provider", "last_token", "open_config"]
 
@@ -385,7 +385,7 @@ def _register_plugin(og: Any, provider: Provider, module: str) -> None:
         if provider.name in _registered or not provider.has_plugin:
             return  # It may be inside the installed onnxruntime; the load will tell.
         try:
-            plugin = importlib.import_module(module)
+            plugin = import_silently(module)
             og.register_execution_provider_library(module, plugin.get_library_path())
         except Exception as error:
             raise BackendBrokenError(

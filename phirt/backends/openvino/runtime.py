@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from phirt.backends.importing import import_runtime
@@ -17,7 +15,6 @@ __all__ = ["EXTRA", "NAME", "import_openvino", "reason_of", "translate"]
 NAME = "openvino"
 EXTRA = "openvino"
 
-_TELEMETRY = "openvino_telemetry"
 _OUT_OF_MEMORY = re.compile(
     r"bad.?alloc|memalign failed|(failed|unable|could not) to (mm)?allocate"
     r"|(out of|not enough) memory|OUT_OF_RESOURCES|MEM_OBJECT_ALLOCATION_FAILURE"
@@ -33,7 +30,7 @@ def import_openvino() -> Any:
     """The module ``openvino``, imported without sending anything anywhere.
 
     Its import reports itself through the package ``openvino-telemetry``, unless that cannot
-    be imported: then a stub inside OpenVINO takes its place, for good.
+    be imported (`phirt.silence`): then a stub inside OpenVINO takes its place, for good.
 
     Raises:
         BackendNotInstalledError: It is not installed.
@@ -42,24 +39,7 @@ def import_openvino() -> Any:
     with _lock:
         if NAME in sys.modules:
             return sys.modules[NAME]
-        with _hidden(_TELEMETRY):
-            return import_runtime(NAME, backend=NAME, extra=EXTRA)
-
-
-@contextmanager
-def _hidden(module: str) -> Iterator[None]:
-    """Make ``import module`` fail for a while; what was imported before stays as it was."""
-    hidden = {
-        name: sys.modules.pop(name)
-        for name in list(sys.modules)
-        if name == module or name.startswith(module + ".")
-    }
-    sys.modules[module] = None  # type: ignore[assignment]  # Python's own word for "absent"
-    try:
-        yield
-    finally:
-        del sys.modules[module]
-        sys.modules.update(hidden)
+        return import_runtime(NAME, backend=NAME, extra=EXTRA)
 
 
 def translate(error: Exception, doing: str) -> BackendRuntimeError | OutOfMemoryError:
