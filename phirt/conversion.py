@@ -19,9 +19,11 @@ from phirt.types import ProgressCallback
 __all__ = [
     "PRECISIONS",
     "Wanted",
+    "artifact_key",
     "check_precision_name",
     "convert_checkpoint",
     "find_converted",
+    "needed_packages",
     "required_layout",
 ]
 
@@ -112,7 +114,7 @@ def convert_checkpoint(
         StoreError: The store cannot be written.
     """
     layout = required_layout(source, wanted)
-    with _needed_packages(source, layout):
+    with needed_packages(source, layout):
         # Imported here: a folder loads without the converter and what it needs.
         from phirt.build import convert
 
@@ -121,7 +123,7 @@ def convert_checkpoint(
             precision = convert.choose_precision(source, layout)
         check_precision(layout, precision)
         store = Store()
-        key = _key(name, layout, precision, source_id, texts)
+        key = artifact_key(name, layout, precision, source_id, texts)
         path = None if wanted.repair else store.find(key)
         if path is None:
 
@@ -165,14 +167,14 @@ def find_converted(name: str, source_id: str, wanted: Wanted) -> ModelFolder | N
         possible = (Precision.INT8, Precision.FP32)
         chosen = tuple(p.value for p in possible if p in FORMAT_PRECISIONS[layout])
     for precision in chosen:
-        path = Store().find(_key(name, layout, precision, source_id))
+        path = Store().find(artifact_key(name, layout, precision, source_id))
         if path is not None:
             return read_folder(path, name=name, formats=(layout,))
     return None
 
 
-def _key(name: str, layout: str, precision: str, source_id: str, texts: str = "") -> str:
-    """All that an artifact depends on, so that a newer converter makes a new one."""
+def artifact_key(name: str, layout: str, precision: str, source_id: str, texts: str = "") -> str:
+    """Key in the store: all that an artifact depends on, a newer converter makes a new one."""
     from phirt.build.convert import CONVERTER_VERSION
 
     digest = source_id.partition(":")[2]
@@ -183,7 +185,7 @@ def _key(name: str, layout: str, precision: str, source_id: str, texts: str = ""
 
 
 @contextmanager
-def _needed_packages(source: Path, layout: str) -> Iterator[None]:
+def needed_packages(source: Path, layout: str) -> Iterator[None]:
     """Say which extra is wanted where a conversion lacks a package."""
     try:
         yield

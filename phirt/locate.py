@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from phirt.conversion import PRECISIONS, Wanted, check_precision_name, convert_checkpoint
 from phirt.devices.names import DeviceName
 from phirt.dispatch.candidates import Candidates
 from phirt.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
-from phirt.models.catalog import DEFAULT_MODEL, get_entry, list_models
+from phirt.models.catalog import DEFAULT_MODEL, CatalogEntry, PypiSource, get_entry, list_models
 from phirt.models.folder import ModelFolder, held_formats, read_folder
 from phirt.models.hashing import remembered_sha256
 from phirt.models.hub_names import HubName
@@ -24,7 +25,17 @@ from phirt.models.store import Store
 from phirt.remote import Announce, obtain, options_of
 from phirt.types import ProgressCallback
 
-__all__ = ["PRECISIONS", "check_precision_name", "locate", "pull"]
+__all__ = [
+    "PRECISIONS",
+    "Checkpoint",
+    "Named",
+    "check_precision_name",
+    "checkpoint_at",
+    "locate",
+    "meaning_of",
+    "needs_conversion",
+    "pull",
+]
 
 _SUFFIX = ".gguf"
 _CONVERTIBLE = "safetensors"
@@ -73,9 +84,55 @@ def locate(
         settle=settle,
         progress=progress,
     )
+    meaning = meaning_of(model)
+    if isinstance(meaning, Path):
+        return _from_path(meaning, wanted)
+    options = options_of(meaning.target, label=meaning.label, wanted=wanted)
+    return obtain(options, wanted, announce=announce)
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """A model that a name stands for.
+
+    Attributes:
+        label: What the user calls it.
+        target: Where it is known from.
+    """
+
+    label: str
+    target: CatalogEntry | PypiSource | HubName
+
+
+def meaning_of(model: str | Path | None) -> Named | Path:
+    """What a user means by the name of a model: a model by name, or a folder or file.
+
+    Raises:
+        ModelNotFoundError: There is no such model.
+        ModelFormatError: It is a file that cannot be read.
+        UnsupportedModelError: It is a file of a kind that phirt does not convert.
+        ValueError: It is meant as a hub's name, and is not one.
+    """
     name = DEFAULT_MODEL if model is None else model
-    found = _from_name(name, wanted, announce) if isinstance(name, str) else None
-    return found or _from_path(name, wanted)
+    named = _named(name) if isinstance(name, str) else None
+    return named or _existing(name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint on this disk, from which folders for backends are made.
+
+    Attributes:
+        path: A ``.gguf`` file, or a folder of safetensors.
+        name: What the user calls the model.
+        source_id: Identifies the weights.
+        texts: Identifies configuration and tokenizer, where ``source_id`` does not.
+    """
+
+    path: Path
+    name: str
+    source_id: str
+    texts: str = ""
 
 
 def pull(
@@ -119,6 +176,9 @@ def pull(
     check_precision_name(precision)
     candidates = Candidates(device=device, backend=backend)
     candidates.check()
+    named = _named(DEFAULT_MODEL if name is None else name)
+    if named is None:
+        raise ValueError(f"{name!r} is a path: what is on this disk is loaded, not fetched")
     failures: list[UnsupportedModelError] = []
     for candidate in candidates:
         wanted = Wanted(
@@ -130,32 +190,27 @@ def pull(
             progress=progress,
         )
         try:
-            folder = _from_name(DEFAULT_MODEL if name is None else name, wanted, announce)
+            options = options_of(named.target, label=named.label, wanted=wanted)
+            return obtain(options, wanted, announce=announce).artifact.path
         except UnsupportedModelError as error:
             failures.append(error)
-            continue
-        if folder is None:
-            raise ValueError(f"{name!r} is a path: what is on this disk is loaded, not fetched")
-        return folder.artifact.path
     reasons = dict.fromkeys(map(str, failures))
     raise UnsupportedModelError(" ".join(reasons)) from failures[0]
 
 
-def _from_name(name: str, wanted: Wanted, announce: Announce | None) -> ModelFolder | None:
+def _named(name: str) -> Named | None:
     """The model of that name; None where it is a path instead."""
     if name.startswith(_INDEX):
         entry = get_entry(name.removeprefix(_INDEX) or DEFAULT_MODEL)
-        options = options_of(entry.pypi_source(), label=entry.name, wanted=wanted)
-    elif any(name == entry.name for entry in list_models()):
-        options = options_of(get_entry(name), label=name, wanted=wanted)
-    elif (hub_name := _hub_name(name)) is not None:
-        options = options_of(hub_name, label=name, wanted=wanted)
-    elif _looks_like_path(name):
-        return None
-    else:
+        return Named(entry.name, entry.pypi_source())
+    if any(name == entry.name for entry in list_models()):
+        return Named(name, get_entry(name))
+    hub_name = _hub_name(name)
+    if hub_name is not None:
+        return Named(name, hub_name)
+    if not _looks_like_path(name):
         get_entry(name)  # which says what is near
-        return None
-    return obtain(options, wanted, announce=announce)
+    return None
 
 
 def _hub_name(name: str) -> HubName | None:
@@ -178,23 +233,80 @@ def _looks_like_path(name: str) -> bool:
     return os.path.exists(name)  # noqa: PTH110
 
 
-def _from_path(model: str | Path, wanted: Wanted) -> ModelFolder:
+def _existing(model: str | Path) -> Path:
+    """The folder or file of that path, if phirt reads its kind."""
     try:
         path = Path(model).expanduser()
         exists, is_folder = path.exists(), path.is_dir()
     except (OSError, RuntimeError) as error:
         # A name too long, a folder that may not be entered, the home of an unknown user.
         raise ModelNotFoundError(f"No model can be at {str(model)!r}: {error}.") from error
-    if is_folder:
-        return _from_folder(path, wanted)
     if not exists:
         raise ModelNotFoundError(
             f"There is no file or folder {str(model)!r}, and no model of that name; "
             "`phirt list --remote` lists the models that phirt knows by name."
         )
-    _check_gguf(path)
-    sha256 = remembered_sha256(path, Store().root / "hashes", progress=wanted.progress)
-    return convert_checkpoint(path, name=path.stem, source_id=f"sha256:{sha256}", wanted=wanted)
+    if not is_folder:
+        _check_gguf(path)
+    return path
+
+
+def _from_path(path: Path, wanted: Wanted) -> ModelFolder:
+    if path.is_dir() and not needs_conversion(path, wanted):
+        return read_folder(path, name=path.resolve().name, formats=wanted.formats)
+    checkpoint = checkpoint_at(path, progress=wanted.progress)
+    return convert_checkpoint(
+        checkpoint.path,
+        name=checkpoint.name,
+        source_id=checkpoint.source_id,
+        wanted=wanted,
+        texts=checkpoint.texts,
+    )
+
+
+def needs_conversion(folder: Path, wanted: Wanted) -> bool:
+    """Whether a model folder is to be converted, and not read as it is.
+
+    Raises:
+        ValueError: It is to be, and holds nothing that can be converted.
+    """
+    held = held_formats(folder)
+    if wanted.precision == "auto":
+        readable = set(wanted.formats) & set(held)
+        # Where it is not readable, reading it says what the folder holds instead.
+        return not readable and _CONVERTIBLE in held and wanted.layout is not None
+    if _CONVERTIBLE not in held:
+        raise ValueError(
+            f"precision={wanted.precision!r} was asked for, but {folder} is a model folder, which "
+            "has the precision that it was built with. Name a .gguf file or a folder of "
+            "safetensors to convert it."
+        )
+    return True
+
+
+def checkpoint_at(path: Path, *, progress: ProgressCallback | None) -> Checkpoint:
+    """The checkpoint that is a file, or lies in a folder.
+
+    Args:
+        path: A ``.gguf`` file, which is hashed unless its hash is remembered, or a folder.
+        progress: Told how far the hashing has come.
+
+    Raises:
+        ModelError: The folder is not one of safetensors.
+    """
+    if not path.is_dir():
+        sha256 = remembered_sha256(path, Store().root / "hashes", progress=progress)
+        return Checkpoint(path=path, name=path.stem, source_id=f"sha256:{sha256}")
+    from phirt.build.sources import digest_texts
+
+    name = path.resolve().name
+    folder = read_folder(path, name=name, formats=(_CONVERTIBLE,))
+    source_id = folder.artifact.weights_id
+    if folder.manifest is not None and not path.resolve().is_relative_to(Store().root.resolve()):
+        # Whoever made the folder may claim any identity, and with it another model's artifact.
+        source_id = fingerprint(path, find_layout(path, (_CONVERTIBLE,)))
+    # A folder of the user's own may be edited, and the weights alone would not show it.
+    return Checkpoint(path=path, name=name, source_id=source_id, texts=digest_texts(path))
 
 
 def _check_gguf(path: Path) -> None:
@@ -207,30 +319,3 @@ def _check_gguf(path: Path) -> None:
         path.open("rb").close()
     except OSError as error:
         raise ModelFormatError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _from_folder(path: Path, wanted: Wanted) -> ModelFolder:
-    """A model folder as it is, or what is made of the checkpoint in it."""
-    name = path.resolve().name
-    held = held_formats(path)
-    if wanted.precision == "auto":
-        readable = set(wanted.formats) & set(held)
-        if readable or _CONVERTIBLE not in held or wanted.layout is None:
-            # Where it is not readable, this says what the folder holds instead.
-            return read_folder(path, name=name, formats=wanted.formats)
-    elif _CONVERTIBLE not in held:
-        raise ValueError(
-            f"precision={wanted.precision!r} was asked for, but {path} is a model folder, which "
-            "has the precision that it was built with. Name a .gguf file or a folder of "
-            "safetensors to convert it."
-        )
-    from phirt.build.sources import digest_texts
-
-    folder = read_folder(path, name=name, formats=(_CONVERTIBLE,))
-    source_id = folder.artifact.weights_id
-    if folder.manifest is not None and not path.resolve().is_relative_to(Store().root.resolve()):
-        # Whoever made the folder may claim any identity, and with it another model's artifact.
-        source_id = fingerprint(path, find_layout(path, (_CONVERTIBLE,)))
-    # A folder of the user's own may be edited, and the weights alone would not show it.
-    texts = digest_texts(path)
-    return convert_checkpoint(path, name=name, source_id=source_id, wanted=wanted, texts=texts)
