@@ -13,7 +13,7 @@ from phirt.dispatch.machine_dir import machine_dir, read_record, update_record
 from phirt.errors import ModelFormatError
 from phirt.models.safe_json import JsonFields
 
-__all__ = ["add", "clear", "entries", "in_force", "release"]
+__all__ = ["add", "entries", "in_force", "release"]
 
 _MOST = 100
 
@@ -70,22 +70,24 @@ def in_force(
     return next((e for e in found if (e.backend, e.device, e.version, e.driver) == wanted), None)
 
 
-def release(backend: str, device: str) -> bool:
-    """Forget what is recorded of a backend on a device.
+def release(backend: str | None = None, device: str | None = None) -> tuple[Quarantine, ...]:
+    """Forget what is recorded.
+
+    Args:
+        backend: Of this backend only.
+        device: Of this device only.
 
     Returns:
-        Whether anything was.
+        What was forgotten.
     """
-    was = any(_pair(entry) == (backend, device) for entry in entries())
-    if was:
-        _change(lambda found: [e for e in found if _pair(e) != (backend, device)])
-    return was
 
+    def is_meant(entry: Quarantine) -> bool:
+        return backend in (None, entry.backend) and device in (None, entry.device)
 
-def clear() -> None:
-    """Forget all that is recorded."""
-    if entries():
-        _change(lambda found: [])
+    released = tuple(entry for entry in entries() if is_meant(entry))
+    if released:
+        _change(lambda found: [entry for entry in found if not is_meant(entry)])
+    return released
 
 
 def _path() -> Path:

@@ -64,13 +64,12 @@ def test_what_is_found_again_takes_the_place_of_the_old():
     assert quarantine.entries() == (second,)
 
 
-def test_release_lets_one_go_and_clear_all():
-    add()
-    add(device="cuda:1")
-    assert quarantine.release("onnxruntime", "cuda:0")
-    assert not quarantine.release("onnxruntime", "cuda:0")
-    assert [entry.device for entry in quarantine.entries()] == ["cuda:1"]
-    quarantine.clear()
+def test_release_lets_go_what_is_named_or_all():
+    first, second = add(), add(device="cuda:1")
+    assert quarantine.release("onnxruntime", "cuda:0") == (first,)
+    assert quarantine.release("onnxruntime", "cuda:0") == ()
+    assert quarantine.entries() == (second,)
+    assert quarantine.release() == (second,)
     assert quarantine.entries() == ()
 
 
