@@ -45,6 +45,9 @@ class CheckpointTensor(Protocol):
     def float32(self) -> FloatArray:
         """The decoded values, of shape `shape`."""
 
+    def rows(self, start: int, stop: int) -> CheckpointTensor:
+        """Rows ``start`` to ``stop - 1`` of a matrix, as a tensor of the same name."""
+
 
 class Checkpoint(Protocol):
     """A decoder's weights on disk."""

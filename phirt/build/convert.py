@@ -9,10 +9,12 @@ from pathlib import Path
 from types import MappingProxyType
 
 from phirt._version import __version__
+from phirt.build.canary import Rounding, compute_canary, encode_canary, rounding_of
 from phirt.build.checkpoint import Checkpoint, CheckpointTensor
 from phirt.build.documents import genai_document, write_json
-from phirt.build.precision import Precision, check_precision
+from phirt.build.precision import LOSSLESS, Precision, check_precision
 from phirt.build.sources import Source, open_source
+from phirt.models.canary import write_canary
 from phirt.models.decoder_config import DecoderConfig
 from phirt.models.genai_config import GENAI_CONFIG_NAME
 from phirt.models.manifest import write_manifest
@@ -20,7 +22,7 @@ from phirt.types import Progress, ProgressCallback
 
 __all__ = ["CONVERTER_VERSION", "choose_precision", "convert", "estimate_bytes"]
 
-CONVERTER_VERSION = 3
+CONVERTER_VERSION = 4
 """Counts changes of what the converter writes: artifacts of another version are made anew."""
 
 # Bits per weight, scales included, from above.
@@ -32,8 +34,6 @@ _BITS = {
     Precision.INT8: 10,
     Precision.INT4: 8,
 }
-# Whose weights hold the very values of the source.
-_LOSSLESS = (Precision.FP32, Precision.EXACT)
 
 
 def choose_precision(source: Path, layout: str) -> str:
@@ -112,11 +112,12 @@ def convert(
         watched = _WatchedCheckpoint(opened.checkpoint, progress)
         packages = _WRITERS[layout](opened, watched, out_dir, chosen)
         opened.write_text_files(out_dir)
+        _write_canary(opened.checkpoint, out_dir, rounding_of(layout, chosen))
         identity = f"{opened.source_id}:{layout}:{chosen}:{CONVERTER_VERSION}"
         derived = "sha256:" + hashlib.sha256(identity.encode()).hexdigest()
         write_manifest(
             out_dir,
-            weights_id=opened.source_id if chosen in _LOSSLESS else derived,
+            weights_id=opened.source_id if chosen in LOSSLESS else derived,
             architecture=opened.checkpoint.config.architecture,
             precision=str(chosen),
             source={"name": opened.name, "id": opened.source_id},
@@ -126,6 +127,15 @@ def convert(
                 **{package: version(package) for package in (*opened.packages, *packages)},
             },
         )
+
+
+def _write_canary(checkpoint: Checkpoint, out_dir: Path, rounding: Rounding | None) -> None:
+    token_ids = encode_canary(out_dir / "tokenizer.json", checkpoint.config)
+    if token_ids is None:
+        return
+    canary = compute_canary(checkpoint, token_ids, rounding)
+    if canary is not None:
+        write_canary(out_dir, canary)
 
 
 def _write_onnx(

@@ -78,7 +78,6 @@ class AttentionWriter:
             hidden,
             [f"{tensors}.{part}_proj.weight" for part in "qkv"],
             name=f"{scope}/qkv_proj",
-            sensitive=True,  # They caused half of the KL of SmolLM2 in 4 bits.
         )
         if config.qkv_bias:
             biases = [f"{tensors}.{part}_proj.bias" for part in "qkv"]
@@ -116,9 +115,7 @@ class AttentionWriter:
     def project_output(self, layer: int, attended: str) -> str:
         """Write a layer's output projection of what `attend` returned, or of some positions."""
         scope, tensors = f"/model/layers.{layer}/attn", f"model.layers.{layer}.self_attn.o_proj"
-        output = self._linear.project(
-            attended, [f"{tensors}.weight"], name=f"{scope}/o_proj", sensitive=False
-        )
+        output = self._linear.project(attended, [f"{tensors}.weight"], name=f"{scope}/o_proj")
         if self._config.output_bias:
             output = self._add_bias(output, [f"{tensors}.bias"], name=f"{scope}/o_bias")
         return output

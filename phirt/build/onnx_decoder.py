@@ -28,15 +28,12 @@ from phirt.build.onnx_graph import GraphBuilder
 from phirt.build.onnx_linear import LinearWriter
 from phirt.build.onnx_norm import NormWriter
 from phirt.build.onnx_rope import table_rows
-from phirt.build.precision import Precision, check_precision
+from phirt.build.precision import EMBEDDING, LM_HEAD, Precision, check_precision
 from phirt.models.decoder_config import DecoderConfig
 
 __all__ = ["write_decoder"]
 
 _INT64_MAX = np.iinfo(np.int64).max
-
-_EMBEDDING = "model.embed_tokens.weight"
-_LM_HEAD = "lm_head.weight"
 
 
 def write_decoder(checkpoint: Checkpoint, model_path: Path, *, precision: Precision) -> None:
@@ -104,7 +101,7 @@ class _DecoderWriter:
         )
         for layer in range(config.num_layers):
             hidden, residual = self._write_layer(layer, hidden, residual)
-        head = _EMBEDDING if config.tie_word_embeddings else _LM_HEAD
+        head = EMBEDDING if config.tie_word_embeddings else LM_HEAD
         self._linear.head(hidden, head, name="/lm_head", output="logits")
 
     def _declare(self) -> tuple[str, str]:
@@ -130,7 +127,7 @@ class _DecoderWriter:
         return token_ids, mask
 
     def _embed(self, token_ids: str) -> str:
-        embedded = self._linear.embed(token_ids, _EMBEDDING, name="/model/embed_tokens")
+        embedded = self._linear.embed(token_ids, EMBEDDING, name="/model/embed_tokens")
         if self._config.embedding_scale == 1:
             return embedded
         scale = np.array(self._config.embedding_scale, np.float32)
@@ -189,7 +186,6 @@ class _DecoderWriter:
             hidden,
             [f"{tensors}.gate_proj.weight", f"{tensors}.up_proj.weight"],
             name=f"{scope}/gate_up_proj",
-            sensitive=False,
         )
         gate, up = f"{scope}/gate", f"{scope}/up"
         graph.node("Split", [both], [gate, up], name=f"{scope}/Split", axis=-1, num_outputs=2)
@@ -199,9 +195,7 @@ class _DecoderWriter:
             # QuickGelu is x * sigmoid(alpha * x): SiLU at alpha 1, in one node.
             activated = graph.contrib("QuickGelu", [gate], name=f"{scope}/SiLU", alpha=1.0)
         product = graph.node("Mul", [activated, up], name=f"{scope}/product")
-        return linear.project(
-            product, [f"{tensors}.down_proj.weight"], name=f"{scope}/down_proj", sensitive=False
-        )
+        return linear.project(product, [f"{tensors}.down_proj.weight"], name=f"{scope}/down_proj")
 
     def _keep_last(self, x: str, *, name: str) -> str:
         """The last ``num_logits_to_keep`` positions of (batch, positions, width)."""

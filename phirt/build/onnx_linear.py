@@ -12,43 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeAlias
 
 import numpy as np
 
-from phirt.build.checkpoint import Checkpoint, CheckpointTensor
+from phirt.build.checkpoint import Checkpoint
 from phirt.build.onnx_graph import GraphBuilder
+from phirt.build.onnx_precision import StoredMatrix, encode
 from phirt.build.precision import Precision
-from phirt.build.quantize import (
-    QuantizedMatrix,
-    concatenate_rows,
-    quantize_int4,
-    quantize_int8,
-)
-from phirt.build.repack import (
-    EXACT_ENCODINGS,
-    FOUR_BIT_ENCODINGS,
-    fold_offsets,
-    repack,
-    split_bytes,
-)
-from phirt.errors import UnsupportedModelError
-from phirt.types import FloatArray
+from phirt.build.quantize import QuantizedMatrix, concatenate_rows
+from phirt.build.repack import fold_offsets, split_bytes
 
-__all__ = ["INT8_BLOCK_SIZES", "LinearWriter"]
-
-_FLOAT_ENCODINGS = frozenset({"F32", "F16", "BF16"})
+__all__ = ["LinearWriter"]
 
 _FLOAT_ACTIVATIONS = 1
 _INT8_ACTIVATIONS = 4
-
-# By preference. At 32 the scales (and the block sums that ONNX Runtime adds to them) are a
-# fifth of what a decode step reads of 8-bit weights; 64 halves that, for a KL of 0.003.
-# 4-bit weights need the finer blocks.
-INT8_BLOCK_SIZES = (64, 32)
-_INT4_BLOCK_SIZES = (32,)
-
-_Weights: TypeAlias = FloatArray | QuantizedMatrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +61,7 @@ class LinearWriter:
         self._block_sums: dict[str, str] = {}  # value -> the sums of its blocks
         self._extended: dict[str, str] = {}  # value -> the value and the sums of its blocks
 
-    def project(self, x: str, tensors: Sequence[str], *, name: str, sensitive: bool) -> str:
+    def project(self, x: str, tensors: Sequence[str], *, name: str) -> str:
         """Multiply by matrices that share an input; their results lie side by side.
 
         Rows of different matrices do not mix, so that one fused product equals many.
@@ -93,7 +70,6 @@ class LinearWriter:
             x: The input, (batch, positions, in).
             tensors: Names of matrices (out, in) in the checkpoint.
             name: The node's name; weights are named after it.
-            sensitive: Whether rounding them to 4 bits costs much.
 
         Returns:
             The result, (batch, positions, sum of out).
@@ -101,9 +77,7 @@ class LinearWriter:
         Raises:
             UnsupportedModelError: The precision cannot hold one of them.
         """
-        matrices = [
-            self._load(self._checkpoint.tensor(tensor), sensitive=sensitive) for tensor in tensors
-        ]
+        matrices = [self._load(tensor) for tensor in tensors]
         if len({_layout(matrix) for matrix in matrices}) == 1:
             return self._multiply(x, _fuse(matrices), name=name)
         parts = [
@@ -126,10 +100,9 @@ class LinearWriter:
         Raises:
             UnsupportedModelError: The precision cannot hold it.
         """
-        source = self._checkpoint.tensor(tensor)
-        weights = self._load(source, sensitive=True, gathered=True)
+        weights = self._load(tensor)
         if isinstance(weights, QuantizedMatrix) and weights.offsets is not None:
-            weights = source.float32()  # Gathering knows no offsets.
+            weights = self._checkpoint.tensor(tensor).float32()  # Gathering knows no offsets.
         elif not isinstance(weights, QuantizedMatrix):
             self._shared[tensor] = _SharedTable(name)
         elif not self._must_split(weights):
@@ -163,8 +136,7 @@ class LinearWriter:
         """
         table = self._shared.get(tensor)
         if table is None:
-            matrix = self._load(self._checkpoint.tensor(tensor), sensitive=True)
-            self._multiply(x, matrix, name=name, output=output)
+            self._multiply(x, self._load(tensor), name=name, output=output)
         elif table.shape is None:
             self._matmul(x, f"{table.node}.weight", name=name, output=output)
         else:
@@ -177,32 +149,12 @@ class LinearWriter:
     def _must_split(self, weights: QuantizedMatrix) -> bool:
         return weights.bits == 8 and self._is_exact
 
-    def _load(
-        self, tensor: CheckpointTensor, *, sensitive: bool, gathered: bool = False
-    ) -> _Weights:
-        """Read a matrix in the form that the precision gives it.
+    def _load(self, tensor: str) -> StoredMatrix:
+        return encode(self._checkpoint.tensor(tensor), self._precision)
 
-        Args:
-            tensor: The matrix.
-            sensitive: Whether it is rounded to 8 bits where others are to 4.
-            gathered: Whether rows are gathered from it, which knows no offsets.
-        """
-        if self._precision is Precision.FP32:
-            return tensor.float32()
-        if self._precision is Precision.EXACT:
-            return _load_exact(tensor)
-        if self._precision is Precision.INT4:
-            if tensor.encoding in FOUR_BIT_ENCODINGS:
-                own = repack(tensor.encoding, tensor.blocks())
-                if own.offsets is None or not gathered:
-                    return own
-            if not sensitive:
-                return quantize_int4(
-                    tensor.float32(), block_size=_block_size(tensor, _INT4_BLOCK_SIZES)
-                )
-        return quantize_int8(tensor.float32(), block_size=_block_size(tensor, INT8_BLOCK_SIZES))
-
-    def _multiply(self, x: str, weights: _Weights, *, name: str, output: str | None = None) -> str:
+    def _multiply(
+        self, x: str, weights: StoredMatrix, *, name: str, output: str | None = None
+    ) -> str:
         graph = self._graph
         if not isinstance(weights, QuantizedMatrix):
             return self._matmul(
@@ -270,30 +222,7 @@ class LinearWriter:
         return self._block_sums[x]
 
 
-def _load_exact(tensor: CheckpointTensor) -> _Weights:
-    if tensor.encoding in _FLOAT_ENCODINGS:
-        return tensor.float32()
-    if tensor.encoding in EXACT_ENCODINGS:
-        return repack(tensor.encoding, tensor.blocks())
-    raise UnsupportedModelError(
-        f"precision='exact' was asked for, and tensor {tensor.name!r} is stored as "
-        f"{tensor.encoding}; exact takes {', '.join(sorted(EXACT_ENCODINGS | _FLOAT_ENCODINGS))}. "
-        "Use precision='fp32', which keeps any encoding's values, or 'int8'."
-    )
-
-
-def _block_size(tensor: CheckpointTensor, preferred: Sequence[int]) -> int:
-    columns = tensor.shape[-1]
-    for size in preferred:
-        if columns % size == 0:
-            return size
-    raise UnsupportedModelError(
-        f"Tensor {tensor.name!r} has {columns:,} columns, which blocks of {preferred[-1]} do not "
-        "divide, so that it cannot be quantized. Use precision='fp32'."
-    )
-
-
-def _layout(weights: _Weights) -> tuple[object, ...]:
+def _layout(weights: StoredMatrix) -> tuple[object, ...]:
     """What matrices must agree in to be fused."""
     if not isinstance(weights, QuantizedMatrix):
         return ("float",)
@@ -305,7 +234,7 @@ def _layout(weights: _Weights) -> tuple[object, ...]:
     )
 
 
-def _fuse(matrices: Sequence[_Weights]) -> _Weights:
+def _fuse(matrices: Sequence[StoredMatrix]) -> StoredMatrix:
     quantized = [matrix for matrix in matrices if isinstance(matrix, QuantizedMatrix)]
     if quantized:
         return concatenate_rows(quantized)

@@ -98,7 +98,7 @@ class AttentionWriter:
         config = self._config
         bias = f"{tensors}.{part}_proj.bias" if config.qkv_bias else None
         weight = f"{tensors}.{part}_proj.weight"
-        packed = self._matrices.project(x, weight, bias=bias, sensitive=True)
+        packed = self._matrices.project(x, weight, bias=bias)
         split = ops.reshape(packed, integers(0, 0, heads, config.head_size), True)
         if config.qk_norm and part != "v":
             weight = self._matrices.vector(

@@ -17,16 +17,13 @@ from phirt.build.checkpoint import Checkpoint
 from phirt.build.limits import check_convertible
 from phirt.build.openvino_attention import AttentionWriter, rms_norm
 from phirt.build.openvino_weights import MatrixWriter, ScratchFile
-from phirt.build.precision import Precision, check_precision
+from phirt.build.precision import EMBEDDING, LM_HEAD, Precision, check_precision
 from phirt.models.decoder_config import DecoderConfig
 
 ov = import_openvino()
 ops = ov.opset13
 
 __all__ = ["write_openvino"]
-
-_EMBEDDING = "model.embed_tokens.weight"
-_LM_HEAD = "lm_head.weight"
 
 
 def write_openvino(checkpoint: Checkpoint, out_dir: Path, *, precision: str) -> None:
@@ -77,13 +74,13 @@ def _graph(checkpoint: Checkpoint, matrices: MatrixWriter, precision: Precision)
     }
     attention = AttentionWriter(config, matrices, inputs)
     layers = _LayerWriter(config, matrices, attention)
-    x = matrices.embed(inputs["input_ids"], _EMBEDDING)
+    x = matrices.embed(inputs["input_ids"], EMBEDDING)
     if config.embedding_scale != 1:
         x = ops.multiply(x, ops.constant(np.float32(config.embedding_scale)))
     for layer in range(config.num_layers):
         x = layers.write(layer, x)
     x = layers.norm(x, "model.norm.weight")
-    logits = matrices.head(x, _EMBEDDING if config.tie_word_embeddings else _LM_HEAD)
+    logits = matrices.head(x, EMBEDDING if config.tie_word_embeddings else LM_HEAD)
     result = ops.result(logits)
     result.get_output_tensor(0).set_names({"logits"})
     model = ov.Model([result], attention.sinks, list(inputs.values()), "decoder")

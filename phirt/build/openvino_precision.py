@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phirt.build.checkpoint import CheckpointTensor
-from phirt.build.precision import Precision
+from phirt.build.precision import Precision, is_sensitive
 from phirt.build.quantize import QuantizedMatrix, quantize_int4, quantize_int8, split_nibbles
 from phirt.build.repack import EXACT_ENCODINGS, FOUR_BIT_ENCODINGS, repack
 from phirt.errors import UnsupportedModelError
 from phirt.types import FloatArray
 
-__all__ = ["IntegerMatrix", "encode"]
+__all__ = ["IntegerMatrix", "encode", "rounded"]
 
 _FLOAT_ENCODINGS = frozenset({"F32", "F16", "BF16"})
 _INT4_BLOCK_SIZE = 32
@@ -39,16 +39,27 @@ class IntegerMatrix:
     scales: FloatArray
     zeros: FloatArray | None
 
+    def dequantize(self) -> FloatArray:
+        """The weights that the integers stand for, shape (rows, columns)."""
+        values = self.values
+        if self.bits == 4:
+            values = np.stack(split_nibbles(values), axis=-1)
+        weights = values.reshape(self.shape).astype(np.float32)
+        if self.zeros is not None:
+            weights -= self.zeros
+        weights *= self.scales
+        return weights.reshape(self.shape[0], -1)
+
 
 def encode(
-    tensor: CheckpointTensor, precision: Precision, *, sensitive: bool
+    tensor: CheckpointTensor, precision: Precision
 ) -> FloatArray | NDArray[np.float16] | IntegerMatrix:
     """Read a matrix in the form that a precision gives it.
 
     Args:
-        tensor: The matrix, (out, in).
+        tensor: The matrix, (out, in), or some of its rows: what becomes of a row does not
+            depend on the others.
         precision: The precision.
-        sensitive: Whether it gets 8 bits where others get 4.
 
     Raises:
         UnsupportedModelError: The precision cannot hold it.
@@ -62,11 +73,27 @@ def encode(
             return _encode_exact(tensor)
         case Precision.INT4 if tensor.encoding in FOUR_BIT_ENCODINGS:
             return _encode_exact(tensor)
-        case Precision.INT4 if not sensitive:
+        case Precision.INT4 if not is_sensitive(tensor.name):
             _check_block_size(tensor)
             return _integers(quantize_int4(tensor.float32(), block_size=_INT4_BLOCK_SIZE))
     # One scale a row: what OpenVINO multiplies by most quickly.
     return _integers(quantize_int8(tensor.float32(), block_size=tensor.shape[-1]))
+
+
+def rounded(tensor: CheckpointTensor, precision: Precision) -> FloatArray:
+    """The weights that the graph multiplies by, of shape (rows, columns).
+
+    Args:
+        tensor: A matrix, or some of its rows.
+        precision: How it is stored.
+
+    Raises:
+        UnsupportedModelError: The precision cannot hold it.
+    """
+    stored = encode(tensor, precision)
+    if isinstance(stored, IntegerMatrix):
+        return stored.dequantize()
+    return stored.astype(np.float32)
 
 
 def _encode_exact(tensor: CheckpointTensor) -> FloatArray | IntegerMatrix:

@@ -79,18 +79,15 @@ class MatrixWriter:
         values = self._checkpoint.tensor(tensor).float32() + np.float32(offset)
         return ops.constant(values.astype(np.float32), name=tensor)
 
-    def project(
-        self, x: Any, tensor: str, *, bias: str | None = None, sensitive: bool = False
-    ) -> Any:
+    def project(self, x: Any, tensor: str, *, bias: str | None = None) -> Any:
         """``x @ weight.T + bias``.
 
         Args:
             x: The input, (batch, positions, in).
             tensor: Name of the matrix (out, in) in the checkpoint.
             bias: Name of the bias, if there is one.
-            sensitive: Whether rounding the matrix to 4 bits costs much.
         """
-        weights = self._weights(self._checkpoint.tensor(tensor), sensitive=sensitive)
+        weights = self._weights(self._checkpoint.tensor(tensor))
         product = ops.matmul(x, weights, False, True, name=tensor.removesuffix(".weight"))
         return product if bias is None else ops.add(product, self.vector(bias))
 
@@ -105,11 +102,11 @@ class MatrixWriter:
 
     def _table(self, tensor: str) -> Any:
         if tensor not in self._tables:
-            self._tables[tensor] = self._weights(self._checkpoint.tensor(tensor), sensitive=True)
+            self._tables[tensor] = self._weights(self._checkpoint.tensor(tensor))
         return self._tables[tensor]
 
-    def _weights(self, tensor: CheckpointTensor, *, sensitive: bool) -> Any:
-        matrix = encode(tensor, self._precision, sensitive=sensitive)
+    def _weights(self, tensor: CheckpointTensor) -> Any:
+        matrix = encode(tensor, self._precision)
         if isinstance(matrix, IntegerMatrix):
             return self._decompress(matrix, tensor.name)
         constant = self._constant(matrix, name=tensor.name)

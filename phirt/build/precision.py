@@ -8,7 +8,23 @@ from types import MappingProxyType
 
 from phirt.errors import UnsupportedModelError
 
-__all__ = ["FORMAT_PRECISIONS", "Precision", "check_precision"]
+__all__ = [
+    "EMBEDDING",
+    "FORMAT_PRECISIONS",
+    "LM_HEAD",
+    "LOSSLESS",
+    "Precision",
+    "check_precision",
+    "is_sensitive",
+]
+
+EMBEDDING = "model.embed_tokens.weight"
+"""Name of the embedding in a checkpoint."""
+LM_HEAD = "lm_head.weight"
+"""Name of the LM head, where it is not the embedding."""
+
+# Queries, keys and values caused half of the KL of SmolLM2 in 4 bits.
+_SENSITIVE = (EMBEDDING, LM_HEAD, "q_proj.weight", "k_proj.weight", "v_proj.weight")
 
 
 class Precision(StrEnum):
@@ -34,6 +50,9 @@ class Precision(StrEnum):
     INT4 = "int4"
 
 
+LOSSLESS = (Precision.FP32, Precision.EXACT)
+"""The precisions whose weights hold the very values of the source."""
+
 FORMAT_PRECISIONS: Mapping[str, tuple[Precision, ...]] = MappingProxyType(
     {
         "onnx-genai": (Precision.FP32, Precision.EXACT, Precision.INT8, Precision.INT4),
@@ -48,6 +67,11 @@ FORMAT_PRECISIONS: Mapping[str, tuple[Precision, ...]] = MappingProxyType(
     }
 )
 """The layouts that phirt writes, each with the precisions that it can have there."""
+
+
+def is_sensitive(tensor: str) -> bool:
+    """Whether to round the matrix of that name to 4 bits costs so much that it gets 8."""
+    return tensor.endswith(_SENSITIVE)
 
 
 def check_precision(layout: str, precision: str) -> Precision:

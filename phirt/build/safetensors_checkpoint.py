@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -109,6 +109,11 @@ class SafetensorsTensor:
             self._refuse_non_finite(part, start)
             values[start : start + len(part)] = _decode(part, self.encoding)
         return values.reshape(self.shape)
+
+    def rows(self, start: int, stop: int) -> SafetensorsTensor:
+        """Rows ``start`` to ``stop - 1``, as a tensor of the same name."""
+        shape = (stop - start, *self.shape[1:])
+        return replace(self, shape=shape, first_row=self.first_row + start)
 
     @property
     def _step(self) -> int:

@@ -22,7 +22,7 @@ from phirt.build.checkpoint import Checkpoint
 from phirt.errors import UnsupportedModelError
 from phirt.types import FloatArray
 
-__all__ = ["SAFETENSORS_PRECISIONS", "write_safetensors"]
+__all__ = ["SAFETENSORS_PRECISIONS", "rounded", "write_safetensors"]
 
 _ALIGNMENT = 8  # The header is padded to it, so that readers can map the tensors.
 _CHUNK = 1 << 22  # Elements converted at once: bounds what conversion needs beside the tensor.
@@ -119,6 +119,19 @@ def write_safetensors(checkpoint: Checkpoint, path: Path, *, precision: str) -> 
         file.write(_header(entries, encoding))
         for part in (part for entry in entries for part in entry.parts):
             _write_tensor(file, checkpoint.tensor(part).float32(), encoding, name=part)
+
+
+def rounded(values: FloatArray, *, precision: str) -> FloatArray:
+    """The values that `write_safetensors` would store.
+
+    Args:
+        values: Those of the checkpoint.
+        precision: As for `write_safetensors`.
+    """
+    encoded = _ENCODINGS[precision].encode(values)
+    if precision == "bf16":  # The upper half of a float32.
+        return (encoded.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return encoded.astype(np.float32)
 
 
 def _entries(checkpoint: Checkpoint) -> list[_Entry]:

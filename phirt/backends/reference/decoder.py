@@ -113,7 +113,7 @@ class Weights(Protocol):
         """Rows of the embedding, shape (..., n, hidden_size)."""
 
     def vector(self, name: str) -> FloatArray:
-        """A norm's weight or a bias, broadcast to (..., n, width)."""
+        """A norm's weight or a bias, shape (..., width)."""
 
     def multiply(self, x: FloatArray, name: str) -> FloatArray:
         """``x @ weight.T``: x (..., n, in), the matrix (out, in), the result (..., n, out)."""
@@ -266,12 +266,18 @@ class Decoder:
         )
 
     def _norm(self, scope: str, x: FloatArray) -> FloatArray:
-        weight = self._weights.vector(f"{scope}.weight") + np.float32(self.config.norm_offset)
+        weight = self._vector(f"{scope}.weight", x) + np.float32(self.config.norm_offset)
         return rms_norm(x, weight, self.config.rms_norm_eps)
 
     def _linear(self, scope: str, x: FloatArray, *, bias: bool = False) -> FloatArray:
         product = self._weights.multiply(x, f"{scope}.weight")
-        return product + self._weights.vector(f"{scope}.bias") if bias else product
+        return product + self._vector(f"{scope}.bias", product) if bias else product
+
+    def _vector(self, name: str, x: FloatArray) -> FloatArray:
+        """A vector, with axes of 1 for those of positions and heads that x (..., width) has."""
+        vector = self._weights.vector(name)
+        *sequences, width = vector.shape
+        return vector.reshape(*sequences, *[1] * (x.ndim - vector.ndim), width)
 
     def _heads(self, x: FloatArray) -> FloatArray:
         """(..., n, heads * head_size) as (..., heads, n, head_size)."""

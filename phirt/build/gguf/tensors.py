@@ -64,6 +64,7 @@ class GgufTensor:
         info: The tensor's row in the header.
         name: Its name in Hugging Face's convention.
         row_order: Which row of the file each row is, shape (rows,), or None for the same.
+        span: The first of these rows that it has, and the one after its last; None for all.
     """
 
     def __init__(
@@ -73,11 +74,13 @@ class GgufTensor:
         *,
         name: str,
         row_order: NDArray[np.intp] | None = None,
+        span: tuple[int, int] | None = None,
     ) -> None:
         self._file = file
         self._info = info
         self._name = name
-        self._row_order = row_order
+        self._whole_order = row_order
+        self._start, self._stop = span or (0, prod(info.shape[:-1]))
 
     @property
     def name(self) -> str:
@@ -87,7 +90,9 @@ class GgufTensor:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape: (out_features, in_features) for weights, (features,) for norms."""
-        return self._info.shape
+        if len(self._info.shape) == 1:
+            return self._info.shape
+        return (self._stop - self._start, *self._info.shape[1:])
 
     @property
     def encoding(self) -> str:
@@ -100,8 +105,9 @@ class GgufTensor:
         Raises:
             ModelFormatError: A scale or a weight is NaN or infinite, or the file has shrunk.
         """
-        encoded = self._read_rows(0, self._rows)
-        return encoded if self._row_order is None else encoded[self._row_order]
+        first, stop, order = self._in_file()
+        encoded = self._read_rows(first, stop)
+        return encoded if order is None else encoded[order]
 
     def float32(self) -> FloatArray:
         """The decoded values, of shape `shape`.
@@ -112,23 +118,38 @@ class GgufTensor:
             ModelFormatError: A scale or a weight is NaN or infinite, or the file has shrunk.
         """
         encoding = GGMLQuantizationType[self.encoding]
-        values = np.empty((self._rows, self.shape[-1]), dtype=np.float32)
+        first, stop, order = self._in_file()
+        values = np.empty((stop - first, self.shape[-1]), dtype=np.float32)
         step = max(1, _CHUNK_BYTES // self._row_bytes)
-        for start in range(0, self._rows, step):
-            stop = min(start + step, self._rows)
-            decoded = dequantize(self._read_rows(start, stop), encoding)
-            values[start:stop] = decoded
-        if self._row_order is not None:
-            values = values[self._row_order]
+        for start in range(first, stop, step):
+            end = min(start + step, stop)
+            decoded = dequantize(self._read_rows(start, end), encoding)
+            values[start - first : end - first] = decoded
+        if order is not None:
+            values = values[order]
         return values.reshape(self.shape)
 
-    @property
-    def _rows(self) -> int:
-        return prod(self.shape[:-1])
+    def rows(self, start: int, stop: int) -> GgufTensor:
+        """Rows ``start`` to ``stop - 1`` of a matrix, as a tensor of the same name."""
+        return GgufTensor(
+            self._file,
+            self._info,
+            name=self._name,
+            row_order=self._whole_order,
+            span=(self._start + start, self._start + stop),
+        )
+
+    def _in_file(self) -> tuple[int, int, NDArray[np.intp] | None]:
+        """The file's rows that hold these: first, one after the last, and their order."""
+        if self._whole_order is None:
+            return self._start, self._stop, None
+        order = self._whole_order[self._start : self._stop]
+        first = int(order.min())  # A head's rows stay within the head.
+        return first, int(order.max()) + 1, order - first
 
     @property
     def _row_bytes(self) -> int:
-        return self._info.nbytes // self._rows
+        return self._info.nbytes // prod(self._info.shape[:-1])
 
     def _read_rows(self, start: int, stop: int) -> NDArray[np.uint8]:
         offset = self._info.offset + start * self._row_bytes

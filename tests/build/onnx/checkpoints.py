@@ -46,6 +46,10 @@ class MemoryTensor:
         values: FloatArray = dequantize(self.encoded, GGMLQuantizationType[self.encoding])
         return values.astype(np.float32).reshape(self.shape)
 
+    def rows(self, start: int, stop: int) -> MemoryTensor:
+        shape = (stop - start, *self.shape[1:])
+        return replace(self, shape=shape, encoded=self.encoded[start:stop])
+
 
 @dataclass
 class MemoryCheckpoint:
