@@ -6,6 +6,7 @@ import threading
 from dataclasses import dataclass
 from typing import Self
 
+from phirt.generation.failover import Failover
 from phirt.generation.loop import DecodeLoop, TokenStep
 from phirt.generation.params import GenerationParams
 from phirt.generation.timings import Timings, Usage
@@ -68,6 +69,8 @@ class Generation:
         stop: The stop string or stop token id that ended it, or None.
         logprobs: One entry per token, None where they were not asked for at the time; None
             if they never were.
+        failovers: The changes of backend or device on the way, in order; see
+            ``phirt.load(failover=True)``.
     """
 
     text: str
@@ -78,6 +81,7 @@ class Generation:
     seed: int
     stop: str | int | None = None
     logprobs: list[TokenLogprobs | None] | None = None
+    failovers: tuple[Failover, ...] = ()
 
 
 class TokenStream:
@@ -178,6 +182,7 @@ class TokenStream:
             seed=self._loop.seed,
             stop=self._stop,
             logprobs=list(self._logprobs) if asked else None,
+            failovers=self._loop.failovers,
         )
 
     def close(self) -> None:

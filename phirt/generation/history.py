@@ -65,6 +65,11 @@ class TokenHistory:
         return self._length - self._prompt_length
 
     @property
+    def last_id(self) -> int:
+        """The last token."""
+        return int(self._buffer[self._length - 1])
+
+    @property
     def token_ids(self) -> IntArray:
         """Prompt and output, shape (n,): a read-only view that later appends leave alone."""
         view = self._buffer[: self._length]

@@ -7,11 +7,12 @@ the logits, and chooses a token. Text, stop strings and streaming are built on t
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from phirt.errors import ContextLengthError, SessionClosedError
+from phirt.generation.failover import Failover, Recover
+from phirt.generation.forward import PREFILL_CHUNK, SMALLEST_CHUNK, Forward
 from phirt.generation.history import TokenHistory
 from phirt.generation.params import GenerationParams
 from phirt.generation.params_resolved import GenerationDefaults, resolve
@@ -20,19 +21,10 @@ from phirt.generation.sampling import choose_token
 from phirt.generation.sampling_logprobs import log_softmax_at, logsumexp, top_logprobs
 from phirt.generation.sampling_random import RandomStream
 from phirt.generation.timings import Stopwatch, Timings, Usage
-from phirt.protocols import LoadedModel, Logits, Session
+from phirt.protocols import LoadedModel
 from phirt.types import FinishReason, FloatArray
 
-__all__ = ["PREFILL_CHUNK", "DecodeLoop", "TokenStep", "split_prompt"]
-
-PREFILL_CHUNK = 512
-"""Most tokens of a prompt that one call of the model takes.
-
-It bounds the workspace of attention and the time until an interruption is seen.
-"""
-
-# Any prompt splits into parts of at most this many without leaving a part of one.
-_SMALLEST_CHUNK = 3
+__all__ = ["DecodeLoop", "TokenStep"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +57,8 @@ class DecodeLoop:
         eos_token_ids: Ids that end a generation, besides those that the loaded model
             names; those beyond the vocabulary are left out.
         prefill_chunk: Most prompt tokens per call of the model.
+        recover: Asked for another model to go on with where this one fails; None to raise
+            what it failed of.
 
     Raises:
         ValueError: The prompt is empty, an id is outside the vocabulary, or
@@ -81,22 +75,20 @@ class DecodeLoop:
         defaults: GenerationDefaults,
         eos_token_ids: Iterable[int] = (),
         prefill_chunk: int = PREFILL_CHUNK,
+        recover: Recover | None = None,
     ) -> None:
         self._watch = Stopwatch()
-        if prefill_chunk < _SMALLEST_CHUNK:
-            raise ValueError(f"prefill_chunk={prefill_chunk} must be at least {_SMALLEST_CHUNK}")
-        self._model = model
+        if prefill_chunk < SMALLEST_CHUNK:
+            raise ValueError(f"prefill_chunk={prefill_chunk} must be at least {SMALLEST_CHUNK}")
         self._defaults = defaults
         vocab = range(model.info.vocab_size)
         self._eos_ids = model.info.eos_token_ids.union(i for i in eos_token_ids if i in vocab)
-        self._prefill_chunk = prefill_chunk
         if len(prompt_ids) == 0:
             raise ValueError("The prompt is empty; it needs at least one token.")
         self._history = TokenHistory(prompt_ids, vocab_size=model.info.vocab_size)
-        self._session: Session | None = None
-        self._session_limit = 0
-        self._last = -1
-        self._cancelled = threading.Event()
+        self._forward = Forward(
+            model, self._history, self._watch, prefill_chunk=prefill_chunk, recover=recover
+        )
         self._reason: FinishReason | None = None
         self._use(params)
         self._random = RandomStream(params.seed)
@@ -140,6 +132,11 @@ class DecodeLoop:
         return ids
 
     @property
+    def failovers(self) -> tuple[Failover, ...]:
+        """The changes of backend or device so far, in order."""
+        return self._forward.failovers
+
+    @property
     def usage(self) -> Usage:
         """Token counts so far."""
         return Usage(
@@ -167,7 +164,7 @@ class DecodeLoop:
         """
         if self._reason is not None:
             return None
-        if self._cancelled.is_set():
+        if self._forward.is_cancelled():
             self.finish("cancelled")
             return None
         limit = self._resolved.max_new_tokens
@@ -176,9 +173,9 @@ class DecodeLoop:
             self.finish("length")
             return None
         try:
-            step = self._choose(self._forward())
+            step = self._choose(self._forward.logits(max_new_tokens=limit))
         except SessionClosedError:
-            if not self._cancelled.is_set():
+            if not self._forward.is_cancelled():
                 self.finish("error")
                 raise
             self.finish("cancelled")
@@ -196,10 +193,7 @@ class DecodeLoop:
 
     def cancel(self) -> None:
         """End the generation at the next opportunity. Callable from any thread."""
-        self._cancelled.set()
-        session = self._session
-        if session is not None and self._model.capabilities.interrupt:
-            session.interrupt()
+        self._forward.cancel()
 
     def finish(self, reason: FinishReason) -> None:
         """End the generation for a reason that the loop cannot see, and free the session.
@@ -210,65 +204,22 @@ class DecodeLoop:
         on_a_token = self._reason in ("stop", "length", "context")
         if self._reason is None or (reason == "stop_string" and on_a_token):
             self._reason = reason
-        session, self._session = self._session, None
-        if session is not None:
-            session.close()
+        self._forward.close()
 
     def _use(self, params: GenerationParams) -> None:
         if not isinstance(params, GenerationParams):
             raise TypeError(f"params must be a GenerationParams, not {type(params).__name__}")
-        info = self._model.info
-        params.check_vocabulary(info.vocab_size)
+        params.check_vocabulary(self._forward.vocab_size)
         resolved = resolve(params, self._defaults)
         # Without a limit of its own, a request still needs room for one token.
-        _check_fits(self.prompt_length, resolved.max_new_tokens or 1, info.context_length)
+        context = self._forward.context_length
+        _check_fits(self.prompt_length, resolved.max_new_tokens or 1, context)
         eos = frozenset() if resolved.ignore_eos else self._eos_ids
         self._stop_ids = eos.union(resolved.stop_token_ids)
         self._processors = build_processors(resolved, stop_token_ids=self._stop_ids)
         self._params, self._resolved = params, resolved
 
-    def _forward(self) -> Logits:
-        session = self._session
-        length = len(self._history)
-        if session is not None and length <= self._session_limit:
-            return session.decode(self._last)
-        # The first step, or one past what the session was made for: since the cache
-        # cannot be carried over, everything so far is the prompt of a new session.
-        if session is not None:
-            session.close()
-        return self._prefill(length)
-
-    def _prefill(self, length: int) -> Logits:
-        context = self._model.info.context_length
-        new_tokens = self._resolved.max_new_tokens
-        limit = context if new_tokens is None else self.prompt_length + new_tokens
-        boundary = self._model.info.rope_boundary
-        if boundary is not None and length <= boundary < limit:
-            # The short rotary factors until there; the next token is another session's.
-            limit = boundary
-        room = limit if new_tokens is not None else min(limit, length + PREFILL_CHUNK)
-        session = self._model.new_session(max_length=limit, expected_length=room)
-        self._session, self._session_limit = session, limit
-        if self._cancelled.is_set():
-            # Cancelled while the session was being made: cancel() could not reach it.
-            raise SessionClosedError("The generation was cancelled.")
-        ids = self._history.token_ids.tolist()
-        first = length == self.prompt_length
-        if first:
-            self._watch.prefill_started()
-        logits: Logits | None = None
-        chunk = self._prefill_chunk if session.can_extend else length
-        start = 0
-        for size in split_prompt(length, chunk, first=self._model.info.first_call(limit)):
-            logits = session.prefill(ids[start : start + size])
-            start += size
-        if first:
-            self._watch.prefill_stopped()
-        assert logits is not None  # noqa: S101 - a prompt has at least one chunk
-        return logits
-
-    def _choose(self, logits: Logits) -> TokenStep:
-        row: FloatArray = logits.numpy()[-1]
+    def _choose(self, row: FloatArray) -> TokenStep:
         history, sampling, wanted = self._history, self._resolved.sampling, self._resolved.logprobs
         # The processors work in place, and log-probabilities are the model's own.
         raw = row.copy() if wanted is not None and self._processors else row
@@ -278,18 +229,17 @@ class DecodeLoop:
         number = 0.0 if sampling is None else self._random.uniform(history.output_length)
         token_id = choose_token(row, sampling, number)
         history.append(token_id)
-        self._last = token_id
         return TokenStep(token_id) if wanted is None else _with_logprobs(token_id, raw, wanted)
 
     def _end_if_done(self, token_id: int) -> None:
         history = self._history
         if token_id in self._stop_ids:
             self.finish("stop")
-        elif self._cancelled.is_set():
+        elif self._forward.is_cancelled():
             self.finish("cancelled")
         elif history.output_length == self._resolved.max_new_tokens:
             self.finish("length")
-        elif len(history) >= self._model.info.context_length:
+        elif len(history) >= self._forward.context_length:
             self.finish("context")
 
 
@@ -298,27 +248,6 @@ def _with_logprobs(token_id: int, logits: FloatArray, count: int) -> TokenStep:
     logprob = float(log_softmax_at(logits, [token_id], normalizer=normalizer)[0])
     ids, values = top_logprobs(logits, count, normalizer=normalizer)
     return TokenStep(token_id, logprob, tuple(zip(ids.tolist(), values.tolist(), strict=True)))
-
-
-def split_prompt(length: int, chunk: int, *, first: int = 1) -> list[int]:
-    """Sizes of the calls in which a prompt of ``length`` tokens is prefilled.
-
-    The sizes are as equal as they can be. None of them is 1 unless the prompt is one
-    token: runtimes take other kernels for one row, and a chunk of one would give other
-    logits than the same token inside a longer chunk.
-
-    Args:
-        length: Tokens of the prompt, at least ``first``.
-        chunk: Most tokens per call, at least 3.
-        first: Fewest tokens of the first call, which may be more than ``chunk``.
-    """
-    count = -(-length // chunk)
-    base, longer = divmod(length, count)
-    sizes = [base + (index < longer) for index in range(count)]
-    if sizes[0] >= first:
-        return sizes
-    rest = length - first
-    return [length] if rest < 2 else [first, *split_prompt(rest, chunk)]
 
 
 def _check_fits(prompt: int, new_tokens: int, context: int) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from phirt.errors import ContextLengthError, UnsupportedModelError
-from phirt.generation.loop import split_prompt
+from phirt.generation.forward import split_prompt
 from phirt.generation.sampling_logprobs import log_softmax_at
 from phirt.protocols import LoadedModel
 from phirt.types import FloatArray

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from phirt.errors import BackendRuntimeError, ContextLengthError, NonFiniteLogitsError
-from phirt.generation.loop import DecodeLoop, split_prompt
+from phirt.generation.forward import split_prompt
+from phirt.generation.loop import DecodeLoop
 from phirt.generation.params import GenerationParams
 from phirt.generation.params_resolved import GenerationDefaults
 from tests.fakes import FakeModel, counting, one_hot, scripted

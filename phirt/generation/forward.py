@@ -1,0 +1,256 @@
+"""The tokens of one request on their way through the model: sessions, prefill and decode.
+
+A request outlives its sessions. A new one is opened where the cache of the last cannot be
+carried on: past the length that it was made for, past LongRoPE's boundary, or because the
+model failed and another takes over. Everything so far is then the prompt of the new one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+
+from phirt.errors import ContextLengthError, NonFiniteLogitsError, SessionClosedError
+from phirt.generation.failover import Failover, Recover
+from phirt.generation.history import TokenHistory
+from phirt.generation.timings import Stopwatch
+from phirt.protocols import LoadedModel, Logits, Session
+from phirt.types import FloatArray
+
+__all__ = ["PREFILL_CHUNK", "SMALLEST_CHUNK", "Forward", "split_prompt"]
+
+PREFILL_CHUNK = 512
+"""Most tokens of a prompt that one call of the model takes.
+
+It bounds the workspace of attention and the time until an interruption is seen.
+"""
+
+SMALLEST_CHUNK = 3
+"""Any prompt splits into parts of at most this many without leaving a part of one."""
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """A session that is open, the model that it is of, and the most tokens that it may hold."""
+
+    session: Session
+    model: LoadedModel
+    limit: int
+
+
+class Forward:
+    """Gives the logits of a request's next position, again and again.
+
+    It is driven by one thread at a time; only `cancel` may be called from another.
+
+    Args:
+        model: The loaded model.
+        history: The request's tokens; what is appended to it is run by the next call.
+        watch: Told when the prompt's prefill starts and stops.
+        prefill_chunk: Most prompt tokens per call of the model, at least `SMALLEST_CHUNK`.
+        recover: Asked for another model where this one fails; None to let it fail.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        history: TokenHistory,
+        watch: Stopwatch,
+        *,
+        prefill_chunk: int,
+        recover: Recover | None,
+    ) -> None:
+        self._model = model
+        self._history = history
+        self._watch = watch
+        self._prefill_chunk = prefill_chunk
+        self._recover = recover
+        self._vocab_size = model.info.vocab_size
+        # One attribute, so that cancel() never sees the session of one model with another.
+        self._open: _Open | None = None
+        self._cancelled = threading.Event()
+        self._failovers: list[Failover] = []
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens that the model which runs the request now may hold."""
+        return self._model.info.context_length
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits: that of the model which the request began on."""
+        return self._vocab_size
+
+    @property
+    def failovers(self) -> tuple[Failover, ...]:
+        """The changes of model so far."""
+        return tuple(self._failovers)
+
+    def is_cancelled(self) -> bool:
+        """Whether `cancel` was called, perhaps a moment ago and in another thread."""
+        return self._cancelled.is_set()
+
+    def cancel(self) -> None:
+        """End the call that is running, where the runtime can. Callable from any thread."""
+        self._cancelled.set()
+        opened = self._open
+        if opened is not None and opened.model.capabilities.interrupt:
+            opened.session.interrupt()
+
+    def close(self) -> None:
+        """Free the session. Calling it again does nothing."""
+        opened, self._open = self._open, None
+        if opened is not None:
+            opened.session.close()
+
+    def logits(self, *, max_new_tokens: int | None) -> FloatArray:
+        """Logits of the position after the history, shape (vocab,), the caller's to write to.
+
+        Args:
+            max_new_tokens: Most tokens that the request may generate in all, or None.
+
+        Raises:
+            SessionClosedError: The request was cancelled, or the model closed.
+            NonFiniteLogitsError: The model computed NaN or infinity, and nothing takes over.
+                Without ``recover`` it is left to whoever chooses a token.
+            Exception: Whatever the backend raised, where nothing takes over.
+        """
+        if self._recover is None:
+            return self._next(max_new_tokens)
+        failures: list[Exception] = []
+        try:
+            while True:
+                try:
+                    return _finite(self._next(max_new_tokens))
+                except Exception as error:
+                    failures.append(error)
+                    if not self._take_over(self._recover, failures, max_new_tokens):
+                        # What came first is what is wrong; the rest is in its notes.
+                        raise failures[0]  # noqa: B904 - its own cause stands
+        finally:
+            failures.clear()  # Their tracebacks refer to this frame.
+
+    def _next(self, max_new_tokens: int | None) -> FloatArray:
+        opened = self._open
+        length = len(self._history)
+        if opened is not None and length <= opened.limit:
+            logits = opened.session.decode(self._history.last_id)
+        else:
+            self.close()
+            logits = self._prefill(length, max_new_tokens)
+        row: FloatArray = logits.numpy()[-1]
+        # Another backend's copy may be padded to a larger vocabulary.
+        return row[: self._vocab_size]
+
+    def _prefill(self, length: int, max_new_tokens: int | None) -> Logits:
+        info, prompt_length = self._model.info, self._history.prompt_length
+        limit = info.context_length if max_new_tokens is None else prompt_length + max_new_tokens
+        boundary = info.rope_boundary
+        if boundary is not None and length <= boundary < limit:
+            # The short rotary factors until there; the next token is another session's.
+            limit = boundary
+        room = limit if max_new_tokens is not None else min(limit, length + PREFILL_CHUNK)
+        session = self._model.new_session(max_length=limit, expected_length=room)
+        self._open = _Open(session, self._model, limit)
+        if self.is_cancelled():
+            # Cancelled while the session was being made: cancel() could not reach it.
+            raise SessionClosedError("The generation was cancelled.")
+        ids = self._history.token_ids.tolist()
+        first = length == prompt_length
+        if first:
+            self._watch.prefill_started()
+        logits: Logits | None = None
+        chunk = self._prefill_chunk if session.can_extend else length
+        start = 0
+        for size in split_prompt(length, chunk, first=info.first_call(limit)):
+            logits = session.prefill(ids[start : start + size])
+            start += size
+        if first:
+            self._watch.prefill_stopped()
+        assert logits is not None  # noqa: S101 - a prompt has at least one chunk
+        return logits
+
+    def _take_over(
+        self, recover: Recover, failures: list[Exception], max_new_tokens: int | None
+    ) -> bool:
+        """Go on with another model, if there is one; else note on the first failure why not."""
+        original, error = failures[0], failures[-1]
+        # Nothing of the cache is taken along. A session that failed answers nothing but close()
+        # (`phirt.protocols.Session`), and what a broken device would give for its keys and
+        # values is not to be believed: the tokens are, and one prefill makes the cache again.
+        try:
+            self.close()
+        except Exception as second:
+            _logger.info("Closing what had failed raised %s: %s", type(second).__name__, second)
+        if self.is_cancelled() or isinstance(error, ContextLengthError):
+            return False
+        tokens = self._history.output_length
+        takeover = recover(self._model, error, tokens=tokens)
+        if error is not original:
+            last = self._failovers[-1]
+            place = f"{last.next_backend} on {last.next_device}"
+            original.add_note(f"Then {place} failed: {type(error).__name__}: {error}")
+            for note in getattr(error, "__notes__", ()):
+                original.add_note(note)
+        if takeover is None:
+            return False
+        self._failovers.append(takeover.failover)
+        lack = self._lack(takeover.model, max_new_tokens)
+        if lack is not None:
+            original.add_note(
+                f"{takeover.failover.next_backend} on {takeover.failover.next_device} took over, "
+                f"and cannot go on with this request: {lack}."
+            )
+            return False
+        self._model = takeover.model
+        return True
+
+    def _lack(self, model: LoadedModel, max_new_tokens: int | None) -> str | None:
+        """What a model lacks for the rest of the request, or None."""
+        info, history = model.info, self._history
+        if info.vocab_size < self._vocab_size:
+            return f"its vocabulary has {info.vocab_size} tokens, not {self._vocab_size}"
+        # Without a limit of its own, a request still needs room for one token.
+        required = len(history) + 1
+        if max_new_tokens is not None:
+            required = history.prompt_length + max_new_tokens
+        if info.context_length < required:
+            return f"its context is {info.context_length} tokens, and {required} are asked for"
+        return None
+
+
+def _finite(logits: FloatArray) -> FloatArray:
+    """Refuse what only a broken model computes; -inf beside finite logits forbids a token."""
+    largest = logits[logits.argmax()]  # NaN and +inf win every comparison.
+    if not np.isfinite(largest):
+        raise NonFiniteLogitsError(
+            f"The backend computed logits of which the largest is {largest}. Check the model's "
+            "weights and precision, and the device's driver."
+        )
+    return logits
+
+
+def split_prompt(length: int, chunk: int, *, first: int = 1) -> list[int]:
+    """Sizes of the calls in which a prompt of ``length`` tokens is prefilled.
+
+    The sizes are as equal as they can be. None of them is 1 unless the prompt is one
+    token: runtimes take other kernels for one row, and a chunk of one would give other
+    logits than the same token inside a longer chunk.
+
+    Args:
+        length: Tokens of the prompt, at least ``first``.
+        chunk: Most tokens per call, at least `SMALLEST_CHUNK`.
+        first: Fewest tokens of the first call, which may be more than ``chunk``.
+    """
+    count = -(-length // chunk)
+    base, longer = divmod(length, count)
+    sizes = [base + (index < longer) for index in range(count)]
+    if sizes[0] >= first:
+        return sizes
+    rest = length - first
+    return [length] if rest < 2 else [first, *split_prompt(rest, chunk)]
