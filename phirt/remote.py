@@ -25,7 +25,17 @@ from phirt.models.variants import GGUF, device_rank, megabytes
 if TYPE_CHECKING:
     from phirt.models.inventory import InstalledModel
 
-__all__ = ["Announce", "Option", "PullPlan", "obtain", "options_of"]
+__all__ = [
+    "Announce",
+    "Option",
+    "PullPlan",
+    "devices_of",
+    "is_converted",
+    "is_guess",
+    "obtain",
+    "options_of",
+    "usable",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -157,7 +167,7 @@ def _refuse_if_held(label: str, wanted: Wanted) -> None:
             if model.name == label
             and model.format not in (None, *wanted.formats)
             and _is_current(model)
-            and device_rank(wanted.device, _devices_of(model)) is not None
+            and device_rank(wanted.device, devices_of(model)) is not None
         }
     )
     if held:
@@ -214,14 +224,14 @@ def _from_store(option: Option, wanted: Wanted) -> ModelFolder | None:
 def _hub_model_from_store(name: HubName, option: Option, wanted: Wanted) -> ModelFolder | None:
     store = Store()
     models = list(find_fetched(name, store, device=wanted.device))
-    usable = _usable(models, option, wanted)
-    if not usable or _is_guess(usable[0], wanted):
+    fitting = usable(models, option, wanted)
+    if not fitting or is_guess(fitting[0], wanted):
         # The file that other artifacts were made of may still be here.
         for model in models:
             source = find_source_of(model, store)
             if source is not None and wanted.layout is not None:
                 return _convert(source, model, option.label, wanted)
-    for model in usable:
+    for model in fitting:
         try:
             path = store.find(model.key)
         except ModelError:
@@ -230,7 +240,7 @@ def _hub_model_from_store(name: HubName, option: Option, wanted: Wanted) -> Mode
             raise
         if path is None:
             continue
-        if _is_converted(model) or (wanted.precision == "auto" and model.format in wanted.formats):
+        if is_converted(model) or (wanted.precision == "auto" and model.format in wanted.formats):
             return read_folder(path, name=option.label, formats=wanted.formats)
         return _convert(path, model, option.label, wanted)
     return None
@@ -243,7 +253,7 @@ def _convert(source: Path, model: InstalledModel, label: str, wanted: Wanted) ->
     return convert_checkpoint(source, name=label, source_id=source_id, wanted=wanted, origin=origin)
 
 
-def _usable(
+def usable(
     models: Sequence[InstalledModel], option: Option, wanted: Wanted
 ) -> list[InstalledModel]:
     """Those of some installed models that serve, the best first."""
@@ -258,7 +268,7 @@ def _usable(
 def _preference(model: InstalledModel, option: Option, wanted: Wanted) -> int | None:
     """Place of an installed model among those that serve; None where it does not."""
     last = len(wanted.formats)
-    if not _is_converted(model):
+    if not is_converted(model):
         # A build has the precision that it was published with.
         if model.format in wanted.formats and wanted.precision == "auto":
             return wanted.formats.index(model.format)
@@ -273,12 +283,13 @@ def _preference(model: InstalledModel, option: Option, wanted: Wanted) -> int | 
     return {"int8": last, "fp32": last + 2}.get(model.precision)
 
 
-def _is_guess(model: InstalledModel, wanted: Wanted) -> bool:
+def is_guess(model: InstalledModel, wanted: Wanted) -> bool:
     """Whether only the checkpoint can tell if this is what ``"auto"`` makes of it."""
-    return _is_converted(model) and wanted.precision == "auto" and model.precision == "fp32"
+    return is_converted(model) and wanted.precision == "auto" and model.precision == "fp32"
 
 
-def _is_converted(model: InstalledModel) -> bool:
+def is_converted(model: InstalledModel) -> bool:
+    """Whether phirt made it, of something that was fetched or given."""
     return "converter" in model.manifest.versions
 
 
@@ -289,7 +300,8 @@ def _is_current(model: InstalledModel) -> bool:
     return model.manifest.versions.get("converter") in (None, str(CONVERTER_VERSION))
 
 
-def _devices_of(model: InstalledModel) -> frozenset[str]:
+def devices_of(model: InstalledModel) -> frozenset[str]:
+    """The kinds of device that it was exported for; none where it is for any."""
     return frozenset(str(model.manifest.source.get("devices", "")).split())
 
 

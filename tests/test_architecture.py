@@ -39,6 +39,8 @@ SAME_ROOM = {
     "locate": "model",
     "remote": "model",
     "conversion": "model",
+    "forms": "model",
+    "planning": "model",
     "tuning": "model",
     "__main__": "cli",
 }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from phirt.dispatch.measurements import Optimize, Setting
 
@@ -16,10 +16,21 @@ __all__ = [
     "PlanRequest",
     "PlannedArtifact",
     "Speed",
+    "Stage",
 ]
 
 DEFAULT_CONTEXT = 2048
 """Tokens that memory is predicted for where nobody says, or the model's own limit if less."""
+
+
+Stage: TypeAlias = Literal["request", "runtime", "device", "model", "memory", "load", "answer"]
+"""Where a candidate was rejected.
+
+``request``: something else was asked for; ``runtime``: it is missing or broken; ``device``: it
+is absent, failed its trial or is quarantined; ``model``: there is no form of the model for it;
+``memory``: the model does not fit; ``load``: loading it failed; ``answer``: it was loaded, and
+computed wrong numbers.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +123,7 @@ class PlanCandidate:
         fix: What the user can do about it, or None.
         memory: What it is predicted to take, where the model's shape is known.
         speed: What was measured, or None.
+        stage: Where it was rejected, or None.
     """
 
     artifact: PlannedArtifact | None
@@ -122,6 +134,16 @@ class PlanCandidate:
     fix: str | None = None
     memory: MemoryNeed | None = None
     speed: Speed | None = None
+    stage: Stage | None = None
+
+    @property
+    def described(self) -> str:
+        """Backend and device, for a message."""
+        return f"{self.backend} on {self.device}"
+
+    def rejected(self, stage: Stage, reason: str, fix: str | None = None) -> PlanCandidate:
+        """It, rejected."""
+        return replace(self, status="rejected", reason=reason, fix=fix, stage=stage)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +195,25 @@ class Plan:
     def chosen(self) -> PlanCandidate | None:
         """The candidate that is used, or None where none can be."""
         return next((each for each in self.candidates if each.status == "chosen"), None)
+
+    def with_note(self, note: str) -> Plan:
+        """The plan with another note."""
+        return replace(self, notes=(*self.notes, note))
+
+    def without(self, candidate: PlanCandidate, rejected: PlanCandidate) -> Plan:
+        """The plan with one candidate rejected; the best of the others is chosen.
+
+        Args:
+            candidate: One of its candidates.
+            rejected: What becomes of it (`PlanCandidate.rejected`).
+        """
+        others = [each for each in self.candidates if each is not candidate]
+        first = next((each for each in others if each.status == "usable"), None)
+        if self.chosen is None or self.chosen is candidate:
+            others = [replace(each, status="chosen") if each is first else each for each in others]
+        usable = [each for each in others if each.status != "rejected"]
+        out = [each for each in others if each.status == "rejected"]
+        return replace(self, candidates=(*usable, rejected, *out))
 
     def to_json(self) -> dict[str, Any]:
         """All of it in values of JSON; a path is text."""

@@ -8,11 +8,20 @@ from typing import TypeAlias
 
 from phirt.devices.machine import BackendRecord, Machine, Quarantine
 from phirt.devices.names import DeviceName
+from phirt.dispatch.fit import predict_memory
 from phirt.dispatch.measurements import Measurement
-from phirt.dispatch.plan import Plan, PlanCandidate, PlannedArtifact, PlanRequest
+from phirt.dispatch.plan import (
+    MemoryNeed,
+    Plan,
+    PlanCandidate,
+    PlannedArtifact,
+    PlanRequest,
+    Stage,
+)
 from phirt.dispatch.ranking import Tier, Way, rank, tier_of
 from phirt.dispatch.registry import automatic_names, formats_of
-from phirt.models.variants import device_rank
+from phirt.dispatch.shape import ModelShape
+from phirt.models.variants import device_rank, megabytes
 from phirt.protocols import Accept, Reject
 from phirt.types import Availability
 
@@ -32,6 +41,7 @@ def make_plan(
     *,
     formats: Mapping[str, Sequence[str]] | None = None,
     refusals: Mapping[str, str] | None = None,
+    shape: ModelShape | None = None,
     measurements: Sequence[Measurement] = (),
     accepts: Accepts | None = None,
     notes: Sequence[str] = (),
@@ -49,6 +59,7 @@ def make_plan(
             that are registered here where not given.
         refusals: Why a backend cannot have the model in any form, by backend, where that is
             known.
+        shape: The decoder's sizes, by which memory is predicted; None where nobody knows them.
         measurements: What was measured of these artifacts on that machine.
         accepts: Asks the adapters, where the artifacts and the runtimes are here.
         notes: Put into the plan.
@@ -63,6 +74,7 @@ def make_plan(
         device=DeviceName.parse(request.device),
         formats=formats_of() if formats is None else formats,
         refusals=refusals or {},
+        shape=shape,
         measurements=measurements,
         accepts=accepts,
     )
@@ -102,6 +114,7 @@ class _Judge:
     device: DeviceName
     formats: Mapping[str, Sequence[str]]
     refusals: Mapping[str, str]
+    shape: ModelShape | None
     measurements: Sequence[Measurement]
     accepts: Accepts | None
 
@@ -111,22 +124,22 @@ class _Judge:
         offered = [each for each in record.listing if each.status in _OFFERED]
         if asked not in ("auto", name):
             for device in [each.device for each in offered] or [self._any_device]:
-                yield _out(name, device, f"backend {asked!r} was asked for")
+                yield _out("request", name, device, f"backend {asked!r} was asked for")
             return
         if asked == "auto" and name not in automatic_names():
             for device in [each.device for each in offered] or [self._any_device]:
-                yield _out(name, device, "it is used by name only")
+                yield _out("request", name, device, "it is used by name only")
             return
-        if record.outcome == "not run":
+        if record.outcome == "not run" and not record.listing:
             reason = f"nothing is known of it yet: {record.reason}"
             yield from self._on(record, Availability(self._any_device, "found", reason))
             return
-        if record.outcome != "listed":
-            yield _out(name, self._any_device, record.reason, record.fix)
+        if record.outcome not in ("listed", "not run"):
+            yield _out("runtime", name, self._any_device, record.reason, record.fix)
             return
         for offer in record.listing:
             if offer not in offered:
-                yield _out(name, offer.device, offer.reason, offer.fix)
+                yield _out("runtime", name, offer.device, offer.reason, offer.fix)
         if offered:
             yield from self._among(record, offered)
 
@@ -148,10 +161,11 @@ class _Judge:
                 yield from self._on(record, offer, device=str(self.device))
             elif not self.device.is_one_of([offer.device]):
                 reason = f"device {self.request.device!r} was asked for"
-                yield _out(record.backend, offer.device, reason)
+                yield _out("request", record.backend, offer.device, reason)
         if match is None:
             names = ", ".join(dict.fromkeys(offer.device for offer in offered))
             yield _out(
+                "device",
                 record.backend,
                 str(self.device),
                 f"device '{self.device}' is not available to it: it offers {names}",
@@ -165,27 +179,104 @@ class _Judge:
         name, device = record.backend, device or offer.device
         tier, doubt = tier_of(offer), ""
         if tier is Tier.BY_NAME and self.device.kind == "auto" and self.request.backend == "auto":
-            yield _out(name, device, "it is used by name only: there the runtime chooses")
+            reason = "it is used by name only: there the runtime chooses"
+            yield _out("request", name, device, reason)
             return
         fault = self._fault(record, offer)
         if fault is not None:
             reason, fix, is_only_doubt = fault
             if not is_only_doubt or self.device.kind == "auto":
-                yield _out(name, device, reason, fix)
+                yield _out("device", name, device, reason, fix)
                 return
             doubt = f"{reason} (it was named, so it may be used)"
         fitting = self._fitting(name, device)
         if not fitting:
-            yield _out(name, device, self.refusals.get(name) or self._no_artifact(name, device))
+            reason = self.refusals.get(name) or self._no_artifact(name)
+            yield _out("model", name, device, reason)
         for artifact in fitting:
-            verdict = Accept() if self.accepts is None else self.accepts(artifact, name, device)
-            if isinstance(verdict, Reject):
-                yield _out(name, device, verdict.reason.rstrip("."), verdict.fix, artifact)
-                continue
             candidate = PlanCandidate(
-                artifact=artifact, backend=name, device=device, status="usable", reason=""
+                artifact=artifact,
+                backend=name,
+                device=device,
+                status="usable",
+                reason="",
+                memory=self._memory(artifact, name, offer),
             )
-            yield Way(candidate=candidate, tier=tier, tried=_tried(record, offer), doubt=doubt)
+            rejected = self._objection(candidate)
+            yield rejected or Way(
+                candidate=candidate, tier=tier, tried=_tried(record, offer), doubt=doubt
+            )
+
+    def _objection(self, candidate: PlanCandidate) -> PlanCandidate | None:
+        """The candidate rejected, where its artifact does not go there."""
+        artifact = candidate.artifact
+        assert artifact is not None  # noqa: S101  # it was made of one
+        backend, device = candidate.backend, candidate.device
+        held = self._held_otherwise(artifact, backend, device)
+        if held:
+            return candidate.rejected(
+                "model",
+                f"it would have to be fetched as {artifact.format}, and is here as {held}",
+                f'To fetch it in another form as well, pass backend="{backend}".',
+            )
+        if self.accepts is not None and artifact.state == "here":
+            verdict = self.accepts(artifact, backend, device)
+            if isinstance(verdict, Reject):
+                return candidate.rejected("model", verdict.reason.rstrip("."), verdict.fix)
+        need = candidate.memory
+        if need is None or need.fits or need.free is None:
+            return None
+        return candidate.rejected(
+            "memory",
+            f"it takes {megabytes(need.total)} with a context of {need.context:,} tokens, and "
+            f"{megabytes(need.free)} are free",
+            "Pass a smaller context or another precision, or free some memory.",
+        )
+
+    def _held_otherwise(self, artifact: PlannedArtifact, backend: str, device: str) -> str:
+        """The other forms that are here for a device, where this one would be fetched by "auto"."""
+        named = (self.request.backend, self.request.precision) != ("auto", "auto")
+        if named or artifact.state != "to fetch":
+            return ""
+        kind, reads = DeviceName.parse(device).kind, self.formats.get(backend, ())
+        held = [
+            other.format
+            for other in self.artifacts
+            if other.state == "here"
+            and other.format not in reads
+            and device_rank(kind, frozenset(other.devices)) is not None
+        ]
+        return " and ".join(dict.fromkeys(held))
+
+    def _memory(
+        self, artifact: PlannedArtifact, backend: str, offer: Availability
+    ) -> MemoryNeed | None:
+        if self.shape is None:
+            return None
+        size = artifact.bytes
+        if size is None and artifact.precision is not None:
+            size = self.shape.weights_bytes(artifact.precision)
+        if size is None:
+            return None
+        return predict_memory(
+            self.shape,
+            backend=backend,
+            device_kind=DeviceName.parse(offer.device).kind,
+            layout=artifact.format,
+            precision=artifact.precision,
+            weights_bytes=size,
+            context=self.request.context,
+            free=self._free(offer),
+        )
+
+    def _free(self, offer: Availability) -> int | None:
+        """What is free where a device keeps the weights, or all of it where only that is known."""
+        free, hardware = self.machine.memory.free, offer.hardware
+        if tier_of(offer) is not Tier.GPU:
+            return free
+        if hardware is None or hardware.memory_bytes is None:
+            return None
+        return hardware.memory_bytes if hardware.discrete else min(hardware.memory_bytes, free)
 
     def _fault(
         self, record: BackendRecord, offer: Availability
@@ -213,10 +304,10 @@ class _Judge:
         # Where the caller has not said what is meant for whom, the backend's own order counts.
         return sorted(fitting, key=lambda a: 0 if a.backends else readable.index(a.format))
 
-    def _no_artifact(self, backend: str, device: str) -> str:
+    def _no_artifact(self, backend: str) -> str:
         reads = " or ".join(self.formats.get(backend, ())) or "nothing that is known"
         held = " and ".join(dict.fromkeys(_described(artifact) for artifact in self.artifacts))
-        return f"it reads {reads}, and the model is there as {held or 'none'} (for {device})"
+        return f"it reads {reads}, and the model is there as {held or 'nothing'}"
 
 
 def offer_of(offered: Sequence[Availability], device: DeviceName) -> Availability | None:
@@ -234,20 +325,10 @@ def offer_of(offered: Sequence[Availability], device: DeviceName) -> Availabilit
 
 
 def _out(
-    backend: str,
-    device: str,
-    reason: str,
-    fix: str | None = None,
-    artifact: PlannedArtifact | None = None,
+    stage: Stage, backend: str, device: str, reason: str, fix: str | None = None
 ) -> PlanCandidate:
-    return PlanCandidate(
-        artifact=artifact,
-        backend=backend,
-        device=device,
-        status="rejected",
-        reason=reason,
-        fix=fix,
-    )
+    row = PlanCandidate(artifact=None, backend=backend, device=device, status="usable", reason="")
+    return row.rejected(stage, reason, fix)
 
 
 def _tried(record: BackendRecord, offer: Availability) -> str:
