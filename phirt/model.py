@@ -14,13 +14,14 @@ from phirt.devices.names import DeviceName
 from phirt.dispatch.candidates import Candidate, Candidates
 from phirt.dispatch.select import Selection, load_first
 from phirt.errors import ModelNotFoundError, SessionClosedError, UnsupportedModelError
+from phirt.failover import LoadNext, Standby
 from phirt.generation.loop import DecodeLoop
 from phirt.generation.params import GenerationParams
 from phirt.generation.params_resolved import GenerationDefaults
 from phirt.generation.score import score_tokens
 from phirt.locate import check_precision_name, locate
 from phirt.models.folder import ModelFolder
-from phirt.protocols import LoadOptions, Placement
+from phirt.protocols import LoadedModel, LoadOptions, Placement
 from phirt.remote import Announce
 from phirt.stream import Generation, TokenStream
 from phirt.text.chat import ChatTemplate
@@ -152,10 +153,12 @@ class Model:
     own KV cache.
     """
 
-    def __init__(self, selection: Selection, *, started: float) -> None:
-        self._selection = selection
-        self._loaded = selection.loaded
-        self._folder = folder = selection.folder
+    def __init__(
+        self, selection: Selection, *, started: float, load_next: LoadNext | None = None
+    ) -> None:
+        self._standby = Standby(selection, load_next)
+        self._recover = self._standby.recover if load_next is not None else None
+        folder = selection.folder
         self._defaults = GenerationDefaults.from_config(folder.generation_defaults)
         self._tokenizer = Tokenizer.from_file(folder.tokenizer_path)
         self._template = (
@@ -167,8 +170,15 @@ class Model:
         end = folder.special_tokens.get("eos_token")
         end_id = None if end is None else self._tokenizer.token_to_id(end)
         self._eos_token_ids = frozenset() if end_id is None else frozenset({end_id})
-        self._closed = False
         self._load_s = time.perf_counter() - started
+
+    @property
+    def _loaded(self) -> LoadedModel:
+        return self._standby.current.loaded
+
+    @property
+    def _folder(self) -> ModelFolder:
+        return self._standby.current.folder
 
     @property
     def name(self) -> str:
@@ -178,12 +188,12 @@ class Model:
     @property
     def backend(self) -> str:
         """Name of the backend that runs it."""
-        return self._selection.backend
+        return self._standby.current.backend
 
     @property
     def device(self) -> str:
         """Name of the device that it runs on."""
-        return self._selection.device
+        return self._standby.current.device
 
     @property
     def placement(self) -> Placement:
@@ -251,7 +261,7 @@ class Model:
         Arguments and errors are those of `generate`. Arguments are checked now; errors of
         the run are raised by the iteration.
         """
-        if self._closed:
+        if self._standby.is_closed():
             raise SessionClosedError(f"Model {self.name!r} is closed; load it again.")
         if overrides or params is None:
             params = (params or GenerationParams()).merge(**overrides)
@@ -261,6 +271,7 @@ class Model:
             params,
             defaults=self._defaults,
             eos_token_ids=self._eos_token_ids,
+            recover=self._recover,
         )
         return TokenStream(loop, self._tokenizer, load_s=self._load_s)
 
@@ -304,8 +315,7 @@ class Model:
 
     def close(self) -> None:
         """Free the weights once the last stream has ended. Calling it again does nothing."""
-        self._closed = True
-        self._loaded.close()
+        self._standby.close()
 
     def __enter__(self) -> Self:
         return self

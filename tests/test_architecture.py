@@ -36,6 +36,7 @@ LEVELS = [
 ]
 SAME_ROOM = {
     "stream": "model",
+    "failover": "model",
     "locate": "model",
     "remote": "model",
     "conversion": "model",
