@@ -50,6 +50,7 @@ class Device:
         memory_bytes: Its memory, or None where nobody tells.
         driver: Version of its driver, or None.
         backends: What each backend can do with it, in order of preference.
+        software: Whether it is computed on the CPU (SwiftShader, WARP).
     """
 
     device: str
@@ -58,3 +59,4 @@ class Device:
     memory_bytes: int | None
     driver: str | None
     backends: tuple[DeviceBackend, ...]
+    software: bool = False
