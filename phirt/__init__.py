@@ -13,6 +13,8 @@ from __future__ import annotations
 import logging
 
 from phirt._version import __version__
+from phirt.devices.device import Device, DeviceBackend
+from phirt.dispatch.survey import devices
 from phirt.errors import (
     BackendBrokenError,
     BackendError,
@@ -36,6 +38,7 @@ from phirt.errors import (
     UnsupportedModelError,
     UnsupportedParameterError,
 )
+from phirt.generation.failover import Failover
 from phirt.generation.params import GenerationParams
 from phirt.generation.timings import Timings, Usage
 from phirt.locate import pull
@@ -50,9 +53,12 @@ __all__ = [
     "BackendNotInstalledError",
     "BackendRuntimeError",
     "ContextLengthError",
+    "Device",
+    "DeviceBackend",
     "DeviceError",
     "DeviceNotAvailableError",
     "DevicePlacementError",
+    "Failover",
     "Generation",
     "GenerationError",
     "GenerationParams",
@@ -77,9 +83,13 @@ __all__ = [
     "UnsupportedParameterError",
     "Usage",
     "__version__",
+    "devices",
     "load",
     "pull",
 ]
+
+# `devices` is the function here: of the package of that name, code imports modules and names,
+# `from phirt.devices.names import DeviceName`, and none goes through this attribute.
 
 # A library leaves it to the application where its log goes.
 logging.getLogger("phirt").addHandler(logging.NullHandler())

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from phirt.cli.announce import DeclinedError
 from phirt.cli.arguments import UsageError, parse
+from phirt.cli.devices import print_devices
 from phirt.cli.gc import collect
 from phirt.cli.list import print_list
 from phirt.cli.pull import pull
@@ -39,6 +40,7 @@ _COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
     "verify": verify,
     "rm": remove,
     "gc": collect,
+    "devices": print_devices,
 }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from phirt._version import __version__
+from phirt.cli.device_arguments import add_devices
 from phirt.cli.store_arguments import add_store_commands, add_target
 
 __all__ = ["UsageError", "parse"]
@@ -39,6 +40,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_run(commands)
     add_store_commands(commands)
+    add_devices(commands)
     return parser.parse_args(argv)
 
 

@@ -19,10 +19,10 @@ from phirt.devices.machine import BackendRecord, Trial
 from phirt.devices.record_json import from_json, to_json
 from phirt.dispatch.registry import get_backend
 from phirt.errors import (
-    BackendError,
     DeviceNotAvailableError,
     DevicePlacementError,
     NonFiniteLogitsError,
+    PhirtError,
     UnsupportedModelError,
 )
 from phirt.protocols import LoadOptions
@@ -143,8 +143,8 @@ def _leave_no_dumps() -> None:
 def _sentence(error: Exception) -> str:
     """What an error says; phirt's own need no name of a class before it."""
     text = " ".join(str(error).split())
-    known = isinstance(error, BackendError | DeviceNotAvailableError | DevicePlacementError)
-    return text if known and text else f"{type(error).__name__}: {text}".rstrip(": ")
+    is_own = isinstance(error, PhirtError) and text
+    return text if is_own else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 if __name__ == "__main__":

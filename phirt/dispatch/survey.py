@@ -152,8 +152,8 @@ class Survey:
             known = cache.read().get(name)
             if known is None:
                 self._report(f"asking {name}")
-                known = self._list(name)
-                if known.outcome != "not run":
+                known, is_lasting = self._list(name)
+                if is_lasting:
                     cache.save(known)
             return known
 
@@ -163,12 +163,13 @@ class Survey:
             trial = None if known is None else known.trial(device)
             if trial is None:
                 self._report(f"trying {name} on {device}")
-                trial = self._try(name, device)
-                if trial.outcome != "not run":
+                trial, is_lasting = self._try(name, device)
+                if is_lasting:
                     cache.add_trial(name, trial)
             return trial
 
-    def _list(self, name: str) -> BackendRecord:
+    def _list(self, name: str) -> tuple[BackendRecord, bool]:
+        """What a backend lists, and whether that will stay so."""
         end = run_child(
             _CHILD,
             ["list", name, str(2 * self._listing_timeout_s)],
@@ -176,7 +177,8 @@ class Survey:
         )
         if end.ending == "not run":
             found = list_backend(name)
-            return replace(found, reason=found.reason or f"Asked in this process: {end.reason}.")
+            reason = found.reason or f"Asked in this process: {end.reason}."
+            return replace(found, reason=reason), False
         if end.ending == "answered":
             record = from_json(BackendRecord, json.loads(end.answer), where=name)
         else:
@@ -186,18 +188,20 @@ class Survey:
                 reason=f"Asked for its devices, its process {end.reason}.",
                 fix=f"Reinstall or update its runtime. {_REFRESH}",
             )
-        return replace(record, seconds=round(end.seconds, 3))
+        return replace(record, seconds=round(end.seconds, 3)), True
 
-    def _try(self, name: str, device: str) -> Trial:
+    def _try(self, name: str, device: str) -> tuple[Trial, bool]:
+        """What came of a trial, and whether that will stay so."""
         end = run_child(
             _CHILD,
             ["try", name, device, str(2 * self._trial_timeout_s)],
             timeout_s=self._trial_timeout_s,
         )
+        if end.ending == "not run":
+            reason = f"Not tried: {end.reason}."
+            return Trial(device=device, outcome="not run", reason=reason), False
         if end.ending == "answered":
             trial = from_json(Trial, json.loads(end.answer), where=f"{name} on {device}")
-        elif end.ending == "not run":
-            trial = Trial(device=device, outcome="not run", reason=f"Not tried: {end.reason}.")
         else:
             trial = Trial(
                 device=device,
@@ -205,7 +209,7 @@ class Survey:
                 reason=f"Running a tiny model there, its process {end.reason}.",
                 fix=f"Update the driver of the device, or the runtime. {_REFRESH}",
             )
-        return replace(trial, seconds=round(end.seconds, 3))
+        return replace(trial, seconds=round(end.seconds, 3)), True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,164 @@
+"""``phirt devices``: what this machine has, and what each backend can do with it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from phirt.cli.arguments import UsageError
+from phirt.cli.selection import print_json
+from phirt.cli.terminal import is_terminal, plain
+
+if TYPE_CHECKING:
+    from phirt.devices.device import Device, DeviceBackend, Status
+    from phirt.devices.machine import Machine
+
+__all__ = ["print_devices"]
+
+Segment: TypeAlias = tuple[str, str]
+"""A piece of a line, and rich's name for how it looks."""
+
+_NARROWEST, _WIDEST = 60, 100
+_KINDS = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
+_STYLES: dict[Status, str] = {
+    "ready": "green",
+    "unverified": "yellow",
+    "no-device": "dim",
+    "missing": "dim",
+    "broken": "bold red",
+}
+
+
+def print_devices(arguments: argparse.Namespace) -> None:
+    """Carry out ``phirt devices``.
+
+    Raises:
+        UsageError: The file named is no record of a machine.
+    """
+    if arguments.machine is None:
+        machine = _survey(refresh=arguments.refresh, trials=arguments.trials)
+    elif arguments.refresh:
+        raise UsageError("--refresh asks this machine, and --machine reads the record of another")
+    else:
+        machine = _read_machine(arguments.machine)
+    if arguments.raw:
+        from phirt.devices.record_json import to_json
+
+        print_json(to_json(machine))
+        return
+    from phirt.devices.merge import devices_of
+
+    devices = devices_of(machine)
+    if arguments.json:
+        print_json([_as_json(device) for device in devices])
+    else:
+        _print(devices)
+
+
+def _survey(*, refresh: bool, trials: bool) -> Machine:
+    from phirt.dispatch.survey import Survey
+
+    with _progress() as report:
+        survey = Survey(report=report)
+        if refresh:
+            survey.refresh()
+        return survey.machine(trials="all" if trials else "cached")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Shows what is being asked, on a terminal's stderr, and leaves no trace of it."""
+    if not is_terminal(sys.stderr):
+        yield lambda _: None
+        return
+    from rich.console import Console
+    from rich.markup import escape
+
+    with Console(stderr=True).status("Looking at this machine") as status:
+        yield lambda text: status.update(escape(plain(text[:1].upper() + text[1:])))
+
+
+def _read_machine(name: str) -> Machine:
+    from phirt.devices.record_json import machine_from_json
+
+    try:
+        return machine_from_json(json.loads(Path(name).read_text(encoding="utf-8")))
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"--machine {name}: {error}") from error
+
+
+def _as_json(device: Device) -> dict[str, Any]:
+    fields = asdict(device)
+    # What is long comes last.
+    return fields | {"backends": fields.pop("backends")}
+
+
+def _print(devices: list[Device]) -> None:
+    if not is_terminal(sys.stdout):
+        for line in _lines(devices, width=80):
+            print("".join(text for text, _ in line).rstrip())
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    width = min(max(console.width, _NARROWEST), _WIDEST)
+    for line in _lines(devices, width=width):
+        console.print(Text.assemble(*line), soft_wrap=True)
+
+
+def _lines(devices: list[Device], *, width: int) -> Iterator[list[Segment]]:
+    for device in devices:
+        yield [(plain(device.name), "bold"), (_facts(device), "")]
+        for row in device.backends:
+            yield from _row(row, width=width)
+        yield []
+    if any(row.status == "broken" for device in devices for row in device.backends):
+        yield from _paragraph(
+            "What is broken is remembered: `phirt devices --refresh` asks again.", width=width
+        )
+
+
+def _facts(device: Device) -> str:
+    facts = [_KINDS[device.kind] + (", computed on the CPU" if device.software else "")]
+    if device.memory_bytes:
+        facts.append(f"{device.memory_bytes / 1e9:.1f} GB")
+    if device.driver:
+        facts.append(f"driver {device.driver}")
+    return plain(f" ({', '.join(facts)})")
+
+
+def _row(row: DeviceBackend, *, width: int) -> Iterator[list[Segment]]:
+    native = row.native if row.native and row.native.lower() != row.device else None
+    version = ", ".join(filter(None, (row.version, native)))
+    yield [
+        (f"  {row.status:<12}", _STYLES[row.status]),
+        (plain(f"{row.backend:<18} {row.device:<13} {version}").rstrip(), ""),
+    ]
+    if row.status != "ready":
+        yield from _paragraph(row.reason, width=width, indent=14)
+    if row.fix:
+        yield from _paragraph(row.fix, width=width, indent=14, style="cyan")
+
+
+def _paragraph(
+    text: str, *, width: int, indent: int = 0, style: str = ""
+) -> Iterator[list[Segment]]:
+    margin = " " * indent
+    for line in textwrap.wrap(
+        plain(text),
+        width,
+        initial_indent=margin,
+        subsequent_indent=margin,
+        # A command or a path is copied whole.
+        break_long_words=False,
+        break_on_hyphens=False,
+    ):
+        yield [(line, style)]
