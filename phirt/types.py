@@ -133,6 +133,7 @@ class Availability:
     Attributes:
         device: Device name, such as ``"cpu"``.
         status: ``found`` (listed), ``loads`` (a session opens) or ``ran`` (a graph ran);
+            ``no device`` (the runtime serves this kind of device and sees none),
             ``missing`` (not installed) or ``broken`` (installed, and fails).
         reason: What was seen, in one sentence.
         fix: What the user can do about it, or None.
@@ -141,7 +142,7 @@ class Availability:
     """
 
     device: str
-    status: Literal["found", "loads", "ran", "missing", "broken"]
+    status: Literal["found", "loads", "ran", "no device", "missing", "broken"]
     reason: str
     fix: str | None = None
     version: str | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Literal
 
 import pytest
 
+from phirt.devices.names import DeviceName
 from phirt.errors import ModelError, PhirtError
 from phirt.protocols import LoadOptions, Reject
 from phirt.testing.checkpoints import write_tiny_checkpoint
@@ -18,6 +20,12 @@ from phirt.testing.subject import Subject, empty_folder, random_ids, read_artifa
 __all__ = ["LackConformance"]
 
 _FIRST = 36
+# The forms that `Hardware` documents: in others, a device would be taken for two.
+_IDENTITIES = {
+    "pci": "[0-9a-f]{4,8}:[0-9a-f]{2}:[0-9a-f]{2}[.][0-7]",
+    "luid": "[0-9a-f]{16}",
+    "uuid": "[0-9a-f]{32}",
+}
 
 
 class LackConformance(ConformanceSettings):
@@ -57,12 +65,24 @@ class LackConformance(ConformanceSettings):
         subject.check(bool(placement.provider), "placement() names no provider")
 
     def test_probe(self, subject: Subject) -> None:
-        """A backend that has just loaded a model finds its own device."""
-        found = {each.device: each.status for each in subject.backend.probe()}
-        status = found.get(subject.device)
+        """A backend that has just loaded a model finds its own device, and says what it is."""
+        wanted = DeviceName.parse(subject.device)
+        found = subject.backend.probe()
+        usable = [each for each in found if each.status in {"found", "loads", "ran"}]
         subject.check(
-            status in {"found", "loads", "ran"}, f"probe() says {status!r} of {subject.device!r}"
+            wanted.is_one_of(each.device for each in usable),
+            f"probe() does not find {subject.device!r}: "
+            f"{[(each.device, each.status) for each in found]}",
         )
+        for each in usable:
+            subject.check(bool(each.version), f"probe() gives no version for {each.device!r}")
+            for name, form in _IDENTITIES.items():
+                value = getattr(each.hardware, name, None)
+                subject.check(
+                    value is None or re.fullmatch(form, value) is not None,
+                    f"probe() gives {each.device!r} the {name} {value!r}, which is not of the "
+                    f"form {form}",
+                )
 
     def test_accepts(self, subject: Subject) -> None:
         """What was loaded is accepted; devices and layouts that nobody knows are not."""

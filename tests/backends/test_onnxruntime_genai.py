@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phirt.backends import ort_devices
 from phirt.backends.onnxruntime_genai import OnnxRuntimeGenaiBackend, adapter
 from phirt.backends.onnxruntime_genai import config as genai_config
 from phirt.backends.onnxruntime_genai import session as genai_session
@@ -30,6 +31,7 @@ from phirt.errors import (
 from phirt.models.folder import read_folder
 from phirt.protocols import LoadOptions, Reject
 from phirt.testing import DENSE_ARCHITECTURES, write_tiny_checkpoint
+from phirt.types import Hardware
 from tests.installed import require
 
 require("onnxruntime_genai")
@@ -500,10 +502,25 @@ class TestDevices:
             __id__="onnxruntime-genai-cuda", __version__="9", disable_telemetry_events=lambda: None
         )
         monkeypatch.setattr(adapter, "import_runtime", lambda *a, **k: fake)
+        card = Hardware(native="CUDA 0", name="NVIDIA L4")
+        monkeypatch.setattr(ort_devices, "cuda_devices", lambda: [card])
         found = {entry.device: entry for entry in OnnxRuntimeGenaiBackend().probe()}
-        assert found["cuda"].status == "found"
-        assert "shows at a load" in found["cuda"].reason
+        assert (found["cuda"].status, found["cuda"].hardware) == ("found", card)
+        assert found["cuda"].version == "onnxruntime-genai-cuda 9"
         assert "directml" not in found
+
+    def test_a_build_with_cuda_on_a_machine_without(self, monkeypatch):
+        def fail() -> None:
+            raise DeviceNotAvailableError("NVIDIA's driver finds no device")
+
+        fake = SimpleNamespace(
+            __id__="onnxruntime-genai-cuda", __version__="9", disable_telemetry_events=lambda: None
+        )
+        monkeypatch.setattr(adapter, "import_runtime", lambda *a, **k: fake)
+        monkeypatch.setattr(ort_devices, "cuda_devices", fail)
+        found = {entry.device: entry for entry in OnnxRuntimeGenaiBackend().probe()}
+        assert found["cuda"].status == "no device"
+        assert "NVIDIA's driver finds no device" in found["cuda"].reason
 
     def test_a_build_of_onnxruntime_with_webgpu_offers_it(self, monkeypatch):
         monkeypatch.setattr(genai_config, "_has_wheel", bool)

@@ -81,6 +81,7 @@ class TestPlacement:
 
         fake = SimpleNamespace(
             __version__="2.13.0",
+            version=SimpleNamespace(cuda="13.0", hip=None, xpu=None),
             cuda=module(2),
             xpu=module(0),
             backends=SimpleNamespace(mps=module(1)),
@@ -88,7 +89,7 @@ class TestPlacement:
         )
         monkeypatch.setitem(sys.modules, "torch", fake)
         names = [found.device for found in TransformersBackend().probe()]
-        assert names == ["cpu", "cuda", "cuda:0", "cuda:1", "metal"]
+        assert names == ["cpu", "cuda:0", "cuda:1", "metal"]
         assert check_device(fake, "cuda:1") == ("cuda", 1)
         assert check_device(fake, "metal") == ("mps",)
         with pytest.raises(DeviceNotAvailableError, match=r"finds 2 devices .* cuda:1, metal"):

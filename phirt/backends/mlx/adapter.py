@@ -16,6 +16,7 @@ import numpy as np
 from phirt.backends.importing import import_runtime, unavailable
 from phirt.backends.mlx.config import MlxConfig, read_mlx_config
 from phirt.backends.mlx.decoder import Decoder
+from phirt.backends.mlx.listing import device_names, list_devices
 from phirt.backends.mlx.memory import check_host_memory, translate
 from phirt.backends.mlx.model import MlxModel, MlxTarget
 from phirt.backends.mlx.modules import build_decoder, import_model_module
@@ -72,8 +73,7 @@ class MlxBackend:
             import_model_module("base")
         except (BackendNotInstalledError, BackendBrokenError) as error:
             return unavailable(error, extra=_NAME)
-        version = f"mlx {mx.__version__}"
-        return [Availability(name, "found", version) for name in _device_names(mx)]
+        return list_devices(mx)
 
     def accepts(self, artifact: Artifact, device: str) -> Accept | Reject:
         """Accepts folders of safetensors of the architectures that were held against an oracle."""
@@ -130,16 +130,6 @@ class MlxBackend:
             )
 
 
-def _device_names(mx: Any) -> list[str]:
-    names = ["cpu"]
-    if mx.metal.is_available():
-        names.append("metal")
-    if mx.cuda.is_available():
-        count = mx.device_count(mx.gpu)
-        names += ["cuda"] if count == 1 else [f"cuda:{index}" for index in range(count)]
-    return names
-
-
 def _find_device(mx: Any, text: str) -> MlxTarget:
     """The device of that name.
 
@@ -147,7 +137,7 @@ def _find_device(mx: Any, text: str) -> MlxTarget:
         DeviceNotAvailableError: MLX has none.
     """
     name = DeviceName.parse(text)
-    offered = _device_names(mx)
+    offered = device_names(mx)
     if not name.is_one_of(offered):
         known = f" Its devices are called {', '.join(_KINDS)}." if name.kind not in _KINDS else ""
         raise DeviceNotAvailableError(

@@ -19,6 +19,7 @@ from phirt.backends.importing import import_runtime, unavailable
 from phirt.backends.onnx_nodes import read_nodes, supported_context
 from phirt.backends.onnxruntime.errors import translate_load
 from phirt.backends.onnxruntime.graph import describe_graph
+from phirt.backends.onnxruntime.listing import list_devices
 from phirt.backends.onnxruntime.memory import DeviceMemory, HostMemory
 from phirt.backends.onnxruntime.options import Settings, session_options
 from phirt.backends.onnxruntime.pool import OrtPool
@@ -65,17 +66,11 @@ class OnnxRuntimeBackend:
     formats: ClassVar[tuple[str, ...]] = ("onnx-genai", "onnx")
 
     def probe(self) -> list[Availability]:
-        """Which devices the installed wheel and plugins serve: found, none of them tried."""
+        """Which devices the installed wheel and plugins serve, none of them tried."""
         try:
-            ort = _import()
+            return list_devices(_import())
         except (BackendNotInstalledError, BackendBrokenError) as error:
             return unavailable(error, extra=_EXTRA)
-        version = f"onnxruntime {ort.__version__}"
-        found: dict[str, Availability] = {}
-        for row in installed(ort):
-            source = ", ".join(filter(None, (version, row.module, row.name))) + ": not tried"
-            found.setdefault(row.device, Availability(row.device, "found", source))
-        return list(found.values())
 
     def accepts(self, artifact: Artifact, device: str) -> Accept | Reject:
         """Accepts ONNX graphs on every device that an installed provider serves."""

@@ -20,7 +20,14 @@ from phirt.errors import BackendBrokenError, DeviceNotAvailableError, DevicePlac
 from phirt.protocols import Placement
 from phirt.silence import import_silently
 
-__all__ = ["Provider", "add_to", "find_provider", "installed", "read_placement"]
+__all__ = [
+    "Provider",
+    "add_to",
+    "find_provider",
+    "installed",
+    "read_placement",
+    "registered_devices",
+]
 
 _CPU = "CPUExecutionProvider"
 _PREFIX = "onnxruntime_ep_"
@@ -210,6 +217,11 @@ def read_placement(inference: Any, provider: Provider, device: str) -> Placement
             f"{found}{stray}. Use a graph made for this provider, or another device."
         )
     return Placement(device=device, provider=provider.name, nodes=dict(nodes))
+
+
+def registered_devices(ort: Any, provider: Provider) -> list[Any] | None:
+    """The devices of a plugin's provider, or None where its library is not loaded."""
+    return _plugin_devices(ort, provider) if provider.module in _registered else None
 
 
 def _rows() -> Iterator[Provider]:

@@ -30,6 +30,7 @@ from phirt.backends.onnxruntime_genai.config import (
     last_token,
     open_config,
 )
+from phirt.backends.onnxruntime_genai.listing import list_devices
 from phirt.backends.onnxruntime_genai.session import (
     BUCKET,
     CHUNK,
@@ -92,7 +93,7 @@ class OnnxRuntimeGenaiBackend:
             og = _import()
         except (BackendNotInstalledError, BackendBrokenError) as error:
             return unavailable(error, extra=_EXTRA)
-        return _devices(og)
+        return list_devices(og)
 
     def accepts(self, artifact: Artifact, device: str) -> Accept | Reject:
         """Accepts genai folders on the devices that genai has providers for."""
@@ -140,20 +141,6 @@ class OnnxRuntimeGenaiBackend:
             device=DeviceName.parse(device),
             options=options,
         )
-
-
-def _devices(og: Any) -> list[Availability]:
-    """The CPU, and what the installed build and plugins have code for."""
-    named = f"{getattr(og, '__id__', _NAME)} {og.__version__}"
-    found = [Availability("cpu", "found", named)]
-    for device, providers in PROVIDERS.items():
-        provider = next((p for p in providers if p.is_installed(og)), None)
-        if device != "cpu" and provider is not None:
-            beside = provider.plugin if provider.has_plugin else provider.wheel
-            reason = " and ".join([named, *([beside] if beside else [])])
-            reason += "; whether the hardware answers shows at a load"
-            found.append(Availability(device, "found", reason))
-    return found
 
 
 class GenaiModel(BaseModel):

@@ -14,6 +14,7 @@ from phirt.backends.execution import InTurn
 from phirt.backends.importing import unavailable
 from phirt.backends.openvino.cache import cache_key, checked_cache
 from phirt.backends.openvino.graph import DecoderGraph
+from phirt.backends.openvino.listing import list_devices, phirt_name
 from phirt.backends.openvino.reading import read_graph
 from phirt.backends.openvino.runtime import EXTRA, NAME, import_openvino, reason_of, translate
 from phirt.backends.openvino.session import OpenVinoSession, run_once
@@ -69,15 +70,7 @@ class OpenVinoBackend:
         except (BackendNotInstalledError, BackendBrokenError) as error:
             return unavailable(error, extra=EXTRA)
         try:
-            core = ov.Core()
-            found = {_phirt_name(device): device for device in core.available_devices}
-            return [
-                *(
-                    Availability(name, "found", _describe_device(ov, core, device))
-                    for name, device in found.items()
-                ),
-                Availability("openvino-auto", "found", "OpenVINO chooses among the above"),
-            ]
+            return list_devices(ov, ov.Core())
         # Plugins load drivers, which fail in ways of their own.
         except Exception as error:
             return [Availability("cpu", "broken", f"OpenVINO found: {reason_of(error)}")]
@@ -118,22 +111,13 @@ class OpenVinoBackend:
         return OpenVinoModel(ov, core, folder, device=device, target=target, options=options)
 
 
-def _phirt_name(device: str) -> str:
-    kind, _, index = device.partition(".")
-    return kind.lower() + (f":{index}" if index else "")
-
-
-def _describe_device(ov: Any, core: Any, device: str) -> str:
-    return f"OpenVINO {ov.get_version()}: {core.get_property(device, 'FULL_DEVICE_NAME')}"
-
-
 def _find_device(core: Any, device: str) -> str:
     """OpenVINO's name of a device that is here."""
     name = DeviceName.parse(device)
     target = _KINDS.get(name.kind)
     if target == "AUTO" and name.index is None:
         return target
-    found = {_phirt_name(each): each for each in core.available_devices}
+    found = {phirt_name(each): each for each in core.available_devices}
     here = [each for offered, each in found.items() if name.is_one_of([offered])]
     if target is None or not here:
         raise DeviceNotAvailableError(
@@ -248,7 +232,7 @@ def _read_placement(compiled: Any, device: str, target: str) -> Placement:
         raise DevicePlacementError(
             f"Device {device!r} was asked for, and OpenVINO executes on {', '.join(devices)}."
         )
-    names = {_phirt_name(name) for name in devices}
+    names = {phirt_name(name) for name in devices}
     actual = device if kind != "AUTO" else "+".join(sorted(names))
     return Placement(device=actual, provider=", ".join(devices))
 

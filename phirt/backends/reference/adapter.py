@@ -43,7 +43,7 @@ from phirt.protocols import (
     Reject,
     Session,
 )
-from phirt.types import Artifact, FloatArray
+from phirt.types import Artifact, FloatArray, Hardware
 
 __all__ = ["ReferenceBackend"]
 
@@ -60,7 +60,9 @@ class ReferenceBackend:
 
     def probe(self) -> list[Availability]:
         """NumPy is a dependency of phirt's own, so it is always there."""
-        return [Availability("cpu", "ran", f"NumPy {np.__version__}")]
+        version = f"numpy {np.__version__}"
+        hardware = Hardware(native="NumPy")
+        return [Availability("cpu", "ran", version, version=version, hardware=hardware)]
 
     def accepts(self, artifact: Artifact, device: str) -> Accept | Reject:
         """Accepts safetensors folders of the dense architectures on the CPU."""

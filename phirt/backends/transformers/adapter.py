@@ -14,11 +14,10 @@ from phirt.backends.transformers.devices import (
     BACKEND,
     EXTRA,
     check_device,
-    find_accelerators,
-    find_versions,
     import_both,
     parse_device,
 )
+from phirt.backends.transformers.listing import list_devices
 from phirt.backends.transformers.loading import find_objection, load_network, quiet
 from phirt.backends.transformers.model import TransformersModel, translate
 from phirt.errors import (
@@ -52,11 +51,9 @@ class TransformersBackend:
     def probe(self) -> list[Availability]:
         """What is installed; torch is imported only where it may find an accelerator."""
         try:
-            versions = find_versions()
-            names = ["cpu", *find_accelerators()]
+            return list_devices()
         except (BackendNotInstalledError, BackendBrokenError) as error:
             return unavailable(error, extra=EXTRA)
-        return [Availability(name, "found", versions) for name in names]
 
     def accepts(self, artifact: Artifact, device: str) -> Accept | Reject:
         """Accepts folders of plain safetensors."""

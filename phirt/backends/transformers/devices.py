@@ -1,18 +1,9 @@
-"""What of transformers and torch is installed, and which devices torch offers.
-
-Importing torch takes seconds, so nothing here imports it unless an accelerator may be found:
-versions are read from the packages' metadata, and what torch was built for from the text of
-its ``version.py``.
-"""
+"""What of transformers and torch is installed, and which devices torch offers."""
 
 from __future__ import annotations
 
-import ctypes
 import importlib.metadata
-import importlib.util
 import re
-import sys
-from pathlib import Path
 from typing import Any
 
 from phirt.backends.importing import import_runtime
@@ -23,9 +14,9 @@ __all__ = [
     "BACKEND",
     "EXTRA",
     "check_device",
-    "find_accelerators",
     "find_versions",
     "import_both",
+    "offered_names",
     "parse_device",
 ]
 
@@ -35,12 +26,6 @@ EXTRA = "torch"
 _OLDEST = (5, 23)
 # Kinds of device in phirt's words and in torch's. AMD's GPUs are "cuda" in torch, too.
 _KINDS = {"cpu": "cpu", "cuda": "cuda", "metal": "mps", "gpu": "xpu"}
-# The drivers' libraries: without one, an accelerator that torch was built for is not here.
-_DRIVERS = {
-    "cuda": ("libcuda.so.1", "nvcuda.dll"),
-    "hip": ("libamdhip64.so", "amdhip64.dll"),
-    "xpu": ("libze_loader.so.1", "ze_loader.dll"),
-}
 
 
 def import_both() -> tuple[Any, Any]:
@@ -83,20 +68,6 @@ def find_versions() -> str:
     return ", ".join(f"{package} {version}" for package, version in found.items())
 
 
-def find_accelerators() -> list[str]:
-    """Names of the devices beside the CPU that torch finds, in phirt's words."""
-    if "torch" not in sys.modules and not _may_find_any():
-        return []
-    torch = import_runtime("torch", backend=BACKEND, extra=EXTRA)
-    names = []
-    for kind, torch_kind in _KINDS.items():
-        count = _count(torch, torch_kind) if kind != "cpu" else 0
-        names += [kind] * bool(count)
-        # A Mac has one GPU, which torch does not number.
-        names += [f"{kind}:{index}" for index in range(count) if kind != "metal"]
-    return names
-
-
 def check_device(torch: Any, device: str) -> Any:
     """The torch device of that name in phirt's words.
 
@@ -110,7 +81,7 @@ def check_device(torch: Any, device: str) -> Any:
         return torch.device("cpu")
     count = _count(torch, kind)
     if (index or 0) >= count:
-        found = ", ".join(["cpu", *find_accelerators()])
+        found = ", ".join(offered_names(torch))
         raise DeviceNotAvailableError(
             f"Device '{wanted}' is not available to backend {BACKEND!r}: torch "
             f"{torch.__version__} finds {count} devices of kind {kind!r} and offers: {found}. "
@@ -135,33 +106,17 @@ def parse_device(device: str) -> DeviceName:
     return wanted
 
 
+def offered_names(torch: Any) -> list[str]:
+    """What phirt calls the devices that torch finds: ``"cuda"`` where it is the only one."""
+    names = ["cpu"]
+    for kind, torch_kind in _KINDS.items():
+        count = _count(torch, torch_kind) if kind != "cpu" else 0
+        names += [kind] if count == 1 else [f"{kind}:{index}" for index in range(count)]
+    return names
+
+
 def _count(torch: Any, kind: str) -> int:
     if kind == "mps":
         return int(torch.backends.mps.is_available())
     module = getattr(torch, kind)
     return int(module.device_count()) if module.is_available() else 0
-
-
-def _may_find_any() -> bool:
-    """Whether torch was built for an accelerator whose driver is here; on macOS it always is."""
-    return sys.platform == "darwin" or _is_built_for_one()
-
-
-def _is_built_for_one() -> bool:
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return False
-    try:
-        text = (Path(spec.origin).parent / "version.py").read_text(encoding="utf-8")
-    except OSError:
-        return True  # Not how torch is laid out today: ask torch itself.
-    built_for = set(re.findall(r"^(\w+)\s*(?::[^=]*)?=\s*['\"]", text, re.MULTILINE))
-    return any(_has_library(names) for kind, names in _DRIVERS.items() if kind in built_for)
-
-
-def _has_library(names: tuple[str, str]) -> bool:
-    try:
-        ctypes.CDLL(names[sys.platform == "win32"])
-    except OSError:
-        return False
-    return True
