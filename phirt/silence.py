@@ -147,7 +147,7 @@ def state_of(package: str) -> State:
         return _EARLY
     if not said:
         name = telemetry.variables[0]
-        return State(off=True, reason=f"phirt sets {name}=1 before it imports it")
+        return State(off=True, reason=f"phirt sets {name}=1")
     name = next((name for name in said if os.environ[name].lower() in _ON), said[0])
     who = "phirt" if name in _ours else "the environment"
     is_off = os.environ[name].lower() in _ON

@@ -60,6 +60,7 @@ HOMES = {
     "onnxruntime_genai": {"backends", "devices"},
     "openvino": {"backends", "build", "devices"},
     "openvino_genai": {"backends", "build"},
+    "packaging": {"doctor"},
     "pytest": {"testing"},
     "rich": {"cli"},
     "tokenizers": {"text", "build"},
@@ -67,7 +68,7 @@ HOMES = {
     "transformers": {"backends", "quality"},
 }
 # The runtimes: inside functions only, except in build/, whose modules are imported lazily.
-RUNTIMES = set(HOMES) - {"jinja2", "pytest", "rich", "tokenizers"}
+RUNTIMES = set(HOMES) - {"jinja2", "packaging", "pytest", "rich", "tokenizers"}
 # The one file that renders templates, so that there is one sandbox to judge.
 JINJA2_FILE = "phirt/text/sandbox.py"
 

@@ -7,14 +7,44 @@ writes over the first; what is left imports, mixes two versions, and is mended b
 
 from __future__ import annotations
 
+import csv
 import re
 import sys
-from importlib.metadata import Distribution
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
 from phirt.errors import BackendBrokenError
 
-__all__ = ["check_single_owner"]
+__all__ = ["Conflict", "check_single_owner", "find_conflicts", "listed_files"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conflict:
+    """A package that several installed distributions own.
+
+    Attributes:
+        module: The package, such as ``"onnxruntime"``.
+        folder: Where it is installed.
+        owners: Versions of the distributions that own it, by name.
+    """
+
+    module: str
+    folder: Path
+    owners: Mapping[str, str]
+
+    @property
+    def wanted(self) -> str:
+        """The one to keep: the build with a suffix has all that the plain one has."""
+        return max(self.owners, key=len)
+
+    def __str__(self) -> str:
+        listed = " and ".join(f"{name} {version}" for name, version in self.owners.items())
+        return (
+            f"{listed} both installed the package {self.module!r} into {self.folder}, and "
+            "overwrote each other's files."
+        )
 
 
 def check_single_owner(module: str, *, backend: str) -> None:
@@ -37,9 +67,61 @@ def check_single_owner(module: str, *, backend: str) -> None:
         folder = Path(entry)
         owners = _owners(folder, module)
         if len(owners) > 1:
-            raise _conflict(module, backend, folder, owners)
+            raise _refusal(Conflict(module=module, folder=folder, owners=owners), backend)
         if owners or (folder / module).is_dir():
             return  # The first entry that holds the package is the one that is imported.
+
+
+def find_conflicts(
+    is_looked_at: Callable[[str], bool], *, path: Sequence[str] | None = None
+) -> list[Conflict]:
+    """All packages that several installed distributions own.
+
+    Other than `check_single_owner`, it looks at every distribution whatever its name, and at
+    every file: some runtimes keep their library in one distribution and their package in
+    another. It reads every RECORD, which takes tenths of a second.
+
+    Args:
+        is_looked_at: Whether a top-level package is of interest. Some are shared on purpose.
+        path: Where to look, in the order of ``sys.path``, which is taken where it is None.
+    """
+    conflicts: dict[str, Conflict] = {}
+    imported: set[str] = set()
+    for entry in sys.path if path is None else path:
+        owners: dict[str, dict[str, str]] = {}
+        for distribution in distributions(path=[entry]):
+            files = [
+                file for file in listed_files(distribution) if is_looked_at(file.partition("/")[0])
+            ]
+            if files:
+                name, version = distribution.name, distribution.version  # read at every use
+                for file in files:
+                    owners.setdefault(file, {})[name] = version
+        for file, versions in sorted(owners.items()):
+            module = file.partition("/")[0]
+            if len(versions) > 1 and module not in imported:
+                known = conflicts[module].owners if module in conflicts else {}
+                merged = dict(sorted({**known, **versions}.items()))
+                conflicts[module] = Conflict(module=module, folder=Path(entry), owners=merged)
+        # The first entry that holds a package is the one that is imported.
+        imported |= {file.partition("/")[0] for file in owners}
+    return [conflicts[module] for module in sorted(conflicts)]
+
+
+def listed_files(distribution: Distribution) -> dict[str, int | None]:
+    """Sizes in bytes, where recorded, of the files that a distribution says it has installed.
+
+    By path from the folder that it is installed in, with ``/``. What Python compiles, and the
+    distribution's own metadata, are left out; so are files elsewhere, such as commands.
+    """
+    files: dict[str, int | None] = {}
+    for row in csv.reader((distribution.read_text("RECORD") or "").splitlines()):
+        name, size = row[0] if row else "", row[-1] if row else ""
+        if "/" not in name or name.startswith(("../", "/")):
+            continue
+        if ".dist-info/" not in name and "__pycache__/" not in name:
+            files[name] = int(size) if size.isdecimal() else None
+    return files
 
 
 def _owners(folder: Path, module: str) -> dict[str, str]:
@@ -57,17 +139,11 @@ def _owners(folder: Path, module: str) -> dict[str, str]:
     return owners
 
 
-def _conflict(
-    module: str, backend: str, folder: Path, owners: dict[str, str]
-) -> BackendBrokenError:
-    listed = " and ".join(f"{name} {version}" for name, version in owners.items())
-    names = " ".join(owners)
-    # The build with a suffix has all that the plain one has.
-    wanted = max(owners, key=len)
-    others = " or ".join(name for name in owners if name != wanted)
+def _refusal(conflict: Conflict, backend: str) -> BackendBrokenError:
+    names = " ".join(conflict.owners)
+    others = " or ".join(name for name in conflict.owners if name != conflict.wanted)
     return BackendBrokenError(
-        f"Backend {backend!r}: {listed} both installed the package {module!r} into {folder}, and "
-        "overwrote each other's files. Keep one of them: "
-        f"python -m pip uninstall -y {names} && python -m pip install {wanted} "
+        f"Backend {backend!r}: {conflict} Keep one of them: "
+        f"python -m pip uninstall -y {names} && python -m pip install {conflict.wanted} "
         f"(or install {others} in the end)."
     )

@@ -2,9 +2,9 @@
 
 What a user gets back: 0 when it worked; 1 for a `PhirtError` or an error of the system (a
 full disk), with its message, for a download that nobody agreed to, and where `phirt verify`
-found a fault; 2 for wrong usage, with one line that says what is wrong; 130 after Ctrl-C,
-and 141 when the reader of the output has gone, as shells count signals. The answer goes to
-stdout, all else to stderr.
+or `phirt doctor` found a fault; 2 for wrong usage, with one line that says what is wrong; 130
+after Ctrl-C, and 141 when the reader of the output has gone, as shells count signals. The
+answer goes to stdout, all else to stderr.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from phirt.cli.announce import DeclinedError
 from phirt.cli.arguments import UsageError, parse
 from phirt.cli.devices import print_devices
+from phirt.cli.doctor import doctor
 from phirt.cli.gc import collect
 from phirt.cli.list import print_list
 from phirt.cli.pull import pull
@@ -41,6 +42,7 @@ _COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
     "rm": remove,
     "gc": collect,
     "devices": print_devices,
+    "doctor": doctor,
 }
 
 

@@ -25,9 +25,9 @@ from phirt.errors import ModelError, ModelNotFoundError, StoreError
 from phirt.models.inventory import COPY_RECORD, is_key, manifests
 from phirt.models.manifest import Manifest
 from phirt.models.safe_json import read_json
-from phirt.models.staging import discard, is_idle, lock_of, locked, sweep
+from phirt.models.staging import abandoned, discard, is_idle, lock_of, locked, sweep
 
-__all__ = ["Collected", "collect", "remove_model"]
+__all__ = ["Collected", "collect", "find_unfinished", "remove_model"]
 
 _logger = logging.getLogger(__name__)
 
@@ -127,6 +127,12 @@ def collect(root: Path, *, converter_version: int) -> Collected:
     with suppress(OSError):  # it is not there, or somebody is downloading
         (root / "partial").rmdir()
     return Collected(run.freed, tuple(run.kept))
+
+
+def find_unfinished(root: Path) -> list[Path]:
+    """What `collect` would free of work that was begun and that nobody goes on with now."""
+    partial = _entries(root / "partial", _PARTIAL) if is_idle(root) else []
+    return [*abandoned(root), *partial]
 
 
 class _Collection:

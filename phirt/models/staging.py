@@ -25,7 +25,7 @@ from phirt.errors import ModelNotFoundError
 from phirt.models.kill_points import kill_point
 from phirt.models.owners import is_dead, owner_tag
 
-__all__ = ["Fill", "Find", "discard", "is_idle", "lock_of", "locked", "stage", "sweep"]
+__all__ = ["Fill", "Find", "abandoned", "discard", "is_idle", "lock_of", "locked", "stage", "sweep"]
 
 Fill: TypeAlias = Callable[[Path], object]
 """Writes the content into an empty folder, which is given to it."""
@@ -214,13 +214,17 @@ def _sync(path: Path, *, is_last: bool = False) -> None:
 def sweep(root: Path) -> int:
     """Remove what processes that died have left behind; return the bytes freed."""
     freed = 0
-    for entry in _entries(root / "tmp"):
-        if _is_abandoned(entry):
-            _logger.debug("Removing the leftover %s", entry)
-            with suppress(OSError):  # somebody else is removing it
-                freed += sum(path.lstat().st_size for path in entry.rglob("*"))
-            shutil.rmtree(entry, ignore_errors=True)
+    for entry in abandoned(root):
+        _logger.debug("Removing the leftover %s", entry)
+        with suppress(OSError):  # somebody else is removing it
+            freed += sum(path.lstat().st_size for path in entry.rglob("*"))
+        shutil.rmtree(entry, ignore_errors=True)
     return freed
+
+
+def abandoned(root: Path) -> list[Path]:
+    """What processes that died have left behind."""
+    return [entry for entry in _entries(root / "tmp") if _is_abandoned(entry)]
 
 
 def _is_abandoned(entry: Path) -> bool:

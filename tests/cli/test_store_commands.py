@@ -364,7 +364,7 @@ class TestCollect:
 
 def test_every_command_has_its_arguments_and_its_function():
     for name in _COMMANDS:
-        needs = [] if name in {"run", "pull", "list", "verify", "gc"} else ["NAME"]
+        needs = ["NAME"] if name in {"show", "rm"} else []
         arguments = parse([name, *needs, "--json", "-v"])
         assert isinstance(arguments, argparse.Namespace)
         assert (arguments.command, arguments.json, arguments.verbose) == (name, True, 1)
