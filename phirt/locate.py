@@ -14,7 +14,8 @@ from pathlib import Path
 
 from phirt.conversion import PRECISIONS, Wanted, check_precision_name, convert_checkpoint
 from phirt.devices.names import DeviceName
-from phirt.dispatch.candidates import Candidates
+from phirt.dispatch.candidates import check_offered, machine_for, targets
+from phirt.dispatch.registry import formats_of
 from phirt.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
 from phirt.models.catalog import DEFAULT_MODEL, CatalogEntry, PypiSource, get_entry, list_models
 from phirt.models.folder import ModelFolder, held_formats, read_folder
@@ -174,15 +175,15 @@ def pull(
         ValueError: The precision is not one of `PRECISIONS`, or ``name`` is a path.
     """
     check_precision_name(precision)
-    candidates = Candidates(device=device, backend=backend)
-    candidates.check()
+    machine = machine_for(backend)
+    check_offered(machine, device=device, backend=backend)
     named = _named(DEFAULT_MODEL if name is None else name)
     if named is None:
         raise ValueError(f"{name!r} is a path: what is on this disk is loaded, not fetched")
     failures: list[UnsupportedModelError] = []
-    for candidate in candidates:
+    for candidate in targets(machine, device=device, backend=backend):
         wanted = Wanted(
-            formats=tuple(candidate.backend.formats),
+            formats=formats_of()[candidate.backend],
             precision=precision,
             device=DeviceName.parse(candidate.device).kind,
             offline=offline,

@@ -10,17 +10,21 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
+from phirt.devices.machine import Trial
 from phirt.devices.names import DeviceName
-from phirt.dispatch.candidates import Candidate, Candidates
-from phirt.dispatch.select import Selection, load_first
+from phirt.dispatch.candidates import check_offered, machine_for
+from phirt.dispatch.measurements import Optimize
+from phirt.dispatch.plan import Plan, PlanCandidate, PlanRequest
+from phirt.dispatch.registry import formats_of
+from phirt.dispatch.select import PlanLoader, Selection
 from phirt.errors import ModelNotFoundError, SessionClosedError, UnsupportedModelError
 from phirt.failover import LoadNext, Standby
 from phirt.generation.loop import DecodeLoop
 from phirt.generation.params import GenerationParams
 from phirt.generation.params_resolved import GenerationDefaults
 from phirt.generation.score import score_tokens
-from phirt.locate import check_precision_name, locate
 from phirt.models.folder import ModelFolder
+from phirt.planning import check_settings, name_of, prepare
 from phirt.protocols import LoadedModel, LoadOptions, Placement
 from phirt.remote import Announce
 from phirt.stream import Generation, TokenStream
@@ -39,6 +43,8 @@ def load(
     device: str = "auto",
     backend: str = "auto",
     precision: str = "auto",
+    context: int | None = None,
+    optimize: Optimize = "latency",
     threads: int | None = None,
     spinning: bool | None = None,
     options: Mapping[str, Any] | None = None,
@@ -60,10 +66,16 @@ def load(
             ``"int4"``, ``"exact"`` (its own quantized values, repacked), or ``"auto"``: see
             docs/precision.md. A folder that the backend reads as it is has the precision
             that it was built with.
-        threads: Threads within one operator; None for the runtime's default.
+        context: Tokens of prompt and answer that there must be memory for; None for 2,048,
+            or the model's own limit if that is less. It bounds nothing: memory is taken as
+            it is needed.
+        optimize: What ``"auto"`` chooses for, where speeds were measured: ``"latency"``,
+            ``"prefill"`` or ``"throughput"``, as for `phirt.plan`.
+        threads: Threads within one operator; None for what was measured best, or else the
+            runtime's default.
         spinning: Whether idle threads spin while they wait for work: True is best on a
-            machine that does nothing else, False on a busy one; None spins briefly, which
-            costs little on either.
+            machine that does nothing else, False on a busy one; None for what was measured
+            best, or else a brief spin, which costs little on either.
         options: Settings of one runtime, by the names that the page of its backend gives;
             they need a named ``backend``.
         offline: Never touch the network; so does the environment variable
@@ -81,43 +93,68 @@ def load(
         DeviceError: The device is not there, or its memory does not suffice.
         ValueError: A name is malformed or a setting out of range.
     """
-    _check_settings(model, threads=threads, spinning=spinning)
+    check_settings(model, precision=precision, context=context, optimize=optimize)
+    _check_threads(threads, spinning)
     if options and backend == "auto":
         raise ValueError(
             f"options={dict(options)!r} are settings of one runtime: name its backend as well"
         )
-    check_precision_name(precision)
-    candidates = Candidates(device=device, backend=backend)
-    candidates.check()
+    DeviceName.parse(device)
+    machine = machine_for(backend)
+    check_offered(machine, device=device, backend=backend)
     started = time.perf_counter()
+    prepared = prepare(
+        model,
+        machine=machine,
+        request=PlanRequest(
+            model=name_of(model),
+            device=device,
+            backend=backend,
+            precision=precision,
+            optimize=optimize,
+        ),
+        context=context,
+        offline=offline,
+        progress=progress,
+    )
     located: list[Path] = []
 
-    def find_folder(candidate: Candidate) -> ModelFolder:
+    def find_folder(candidate: PlanCandidate) -> ModelFolder:
         nonlocal started
-        folder = locate(
-            model,
-            formats=candidate.backend.formats,
-            precision=precision,
-            offline=offline,
-            progress=progress,
+        assert candidate.artifact is not None  # noqa: S101  # as that of all that are usable
+        is_here = candidate.artifact.state == "here"
+        folder = prepared.forms.obtain(
+            candidate.artifact,
+            formats=formats_of()[candidate.backend],
             device=DeviceName.parse(candidate.device).kind,
             announce=announce,
-            # What is in the store for a backend further down is not fetched once more.
-            settle=backend == "auto" and precision == "auto",
         )
-        # Loading begins here: a download or a conversion happens once, and is not part of it.
-        started = time.perf_counter()
+        if not is_here:
+            # A download or a conversion happens once, and is no part of loading.
+            started = time.perf_counter()
         located.append(folder.artifact.path)
         return folder
 
-    settings = LoadOptions(threads=threads, spinning=spinning, extra=dict(options or {}))
+    loader = PlanLoader(
+        machine,
+        find_folder,
+        LoadOptions(threads=threads, spinning=spinning, extra=dict(options or {})),
+        try_first=_try_first,
+        refusals=prepared.refusals,
+    )
     with _explain_removal(located):
-        selection = load_first(candidates, find_folder, settings)
+        selection = loader.load(prepared.plan)
         try:
             return Model(selection, started=started)
         except BaseException:
             selection.loaded.close()
             raise
+
+
+def _try_first(backend: str, device: str) -> Trial:
+    from phirt.dispatch.survey import Survey
+
+    return Survey().trial(backend, device)
 
 
 @contextmanager
@@ -133,9 +170,7 @@ def _explain_removal(located: Sequence[Path]) -> Iterator[None]:
         raise
 
 
-def _check_settings(model: object, *, threads: object, spinning: object) -> None:
-    if model is not None and not isinstance(model, str | Path):
-        raise TypeError(f"model must be a name or a path, not {type(model).__name__}")
+def _check_threads(threads: object, spinning: object) -> None:
     if spinning is not None and not isinstance(spinning, bool):
         raise TypeError(f"spinning must be True, False or None, not {spinning!r}")
     if threads is None:
@@ -194,6 +229,11 @@ class Model:
     def device(self) -> str:
         """Name of the device that it runs on."""
         return self._standby.current.device
+
+    @property
+    def plan(self) -> Plan:
+        """What was considered when it was loaded, and why it runs where it runs."""
+        return self._standby.current.plan
 
     @property
     def placement(self) -> Placement:

@@ -179,7 +179,7 @@ class TestLoad:
 
     @pytest.mark.parametrize("options", [{"device": "cuda"}, {"backend": "none"}])
     def test_what_cannot_work_is_refused_before_a_model_is_fetched(self, options, monkeypatch):
-        monkeypatch.setattr("phirt.model.locate", lambda *_, **__: pytest.fail("fetched"))
+        monkeypatch.setattr("phirt.forms.locate", lambda *_, **__: pytest.fail("fetched"))
         with pytest.raises(phirt.PhirtError):
             phirt.load(**options)
 

@@ -1,134 +1,128 @@
-"""Which backends and devices may be tried, in which order.
+"""What a machine offers for the device and the backend that were asked for.
 
-A named backend or device stands alone; ``"auto"`` is a list. Each backend is asked what it
-offers when its turn comes, so that a load imports one runtime and not all of them.
+``"auto"`` asks the survey, which asks every runtime in a process of its own. A backend that
+was named is asked here: it is used, or an error says why not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+import platform
 
+from phirt._version import __version__
+from phirt.devices.machine import BackendRecord, Cpu, Machine
+from phirt.devices.memory import read_memory
 from phirt.devices.names import DeviceName
-from phirt.dispatch.registry import automatic_names, get_backend
+from phirt.dispatch.plan import PlanCandidate, PlannedArtifact, PlanRequest
+from phirt.dispatch.planner import OFFERED, make_plan, offer_of
+from phirt.dispatch.registry import automatic_names, backend_names, formats_of, get_backend
 from phirt.errors import BackendBrokenError, BackendNotInstalledError, DeviceNotAvailableError
-from phirt.protocols import Availability, Backend
+from phirt.types import Availability
 
-__all__ = ["Candidate", "Candidates"]
-
-# What "auto" takes of a backend's devices. Others are used by name: choosing one for the user
-# needs proof that it computes the right numbers, which a probe is not.
-_AUTO_DEVICES = ("cpu",)
-
-# What a probe says of a device that a load may be tried on.
-_USABLE = ("found", "loads", "ran")
+__all__ = ["check_offered", "machine_for", "targets"]
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A backend on a device.
-
-    Attributes:
-        backend: The adapter.
-        device: Name of the device.
-    """
-
-    backend: Backend
-    device: str
-
-
-class Candidates:
-    """What may be tried for a device and a backend that a user asked for.
-
-    Iterating gives `Candidate`s in order of preference. It may be done more than once.
+def machine_for(backend: str) -> Machine:
+    """The record of this machine, as far as a choice with this backend needs it.
 
     Args:
-        device: A device name, or ``"auto"``.
         backend: A backend name, or ``"auto"``.
 
     Raises:
         UnknownBackendError: No such backend.
         BackendBrokenError: The adapter of the plugin named cannot be imported.
-        TypeError: ``device`` or ``backend`` is not a string.
+        TypeError: It is not a string.
+    """
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a string, not {type(backend).__name__}")
+    if backend == "auto":
+        # Imported here: a named backend needs no survey.
+        from phirt.dispatch.survey import Survey
+
+        return Survey().machine(trials="cached")
+    from phirt.dispatch import quarantine
+
+    listing = tuple(get_backend(backend).probe())
+    version = next((found.version for found in listing if found.version), None)
+    asked = BackendRecord(backend=backend, outcome="listed", version=version, listing=listing)
+    # Of the others nothing is known, and nothing is needed.
+    others = [name for name in backend_names() if name != backend]
+    return Machine(
+        phirt=__version__,
+        python=platform.python_version(),
+        system=platform.system().lower(),
+        cpu=Cpu(name="", architecture=platform.machine().lower(), threads=os.cpu_count() or 1),
+        memory=read_memory(),
+        backends=(asked, *(BackendRecord(backend=name, outcome="not run") for name in others)),
+        quarantine=quarantine.entries(),
+    )
+
+
+def check_offered(machine: Machine, *, device: str, backend: str) -> None:
+    """Refuse what cannot work on a machine, before a model is looked for.
+
+    Args:
+        machine: The record.
+        device: A device name, or ``"auto"``.
+        backend: A backend name, or ``"auto"``.
+
+    Raises:
+        BackendNotInstalledError: The runtimes that could do it are not installed.
+        BackendBrokenError: One is installed, and does not work.
+        DeviceNotAvailableError: No runtime there offers the device.
+        TypeError: ``device`` is not a string.
         ValueError: ``device`` is malformed.
     """
-
-    def __init__(self, *, device: str, backend: str) -> None:
-        self.device = DeviceName.parse(device)
-        if not isinstance(backend, str):
-            raise TypeError(f"backend must be a string, not {type(backend).__name__}")
-        self._is_named = backend != "auto"
-        self._names = [backend] if self._is_named else automatic_names()
-        self._probed: dict[str, tuple[Backend | None, list[Availability]]] = {}
-        if self._is_named:
-            get_backend(backend)
-
-    def __iter__(self) -> Iterator[Candidate]:
-        for name in self._names:
-            adapter, offered = self._probe(name)
-            if adapter is None:
-                continue
-            usable = [found.device for found in offered if found.status in _USABLE]
-            if self.device.kind == "auto":
-                chosen = [device for device in _AUTO_DEVICES if device in usable]
-                if not chosen and self._is_named:
-                    # A backend without the CPU was named: its first device is meant.
-                    chosen = usable[:1]
-            else:
-                chosen = [str(self.device)] if self._may_be_one_of(usable) else []
-            for device in chosen:
-                yield Candidate(adapter, device)
-
-    def check(self) -> None:
-        """Refuse what cannot work on this machine, before a model is fetched for it.
-
-        Raises:
-            BackendNotInstalledError: The runtimes that could do it are not installed.
-            BackendBrokenError: One is installed, and does not work.
-            DeviceNotAvailableError: No runtime here offers the device.
-        """
-        if next(iter(self), None) is not None:
+    wanted = DeviceName.parse(device)
+    names = automatic_names() if backend == "auto" else [backend]
+    records = [record for record in machine.backends if record.backend in names]
+    listed = [found for record in records for found in _listing(record)]
+    for record in records:
+        usable = [found for found in _listing(record) if found.status in OFFERED]
+        if usable and (wanted.kind == "auto" or offer_of(usable, wanted) is not None):
             return
-        offered = [found for name in self._names for found in self._probe(name)[1]]
-        if self.device.kind != "auto":
-            known = sorted({found.device for found in offered if found.status in _USABLE})
-            here = [found for found in offered if self.device.is_one_of([found.device])]
-            if known and not here:
-                raise DeviceNotAvailableError(
-                    f"Device '{self.device}' is not available to {self.described}, which offers: "
-                    f'{", ".join(known)}. Pass one of these, or device="auto".'
-                )
-            # What is not installed offers nothing, so that to say "cpu" of it would be wrong.
-            offered = here or offered
-        reasons = " ".join(dict.fromkeys(found.reason for found in offered))
-        broken = any(found.status == "broken" for found in offered)
-        raise (BackendBrokenError if broken else BackendNotInstalledError)(
-            reasons or "No backend is registered."
-        )
+    if wanted.kind != "auto":
+        known = sorted({found.device for found in listed if found.status in OFFERED})
+        here = [found for found in listed if wanted.is_one_of([found.device])]
+        if known and not here:
+            described = "any backend" if backend == "auto" else f"backend {backend!r}"
+            raise DeviceNotAvailableError(
+                f"Device '{wanted}' is not available to {described}, which offers: "
+                f'{", ".join(known)}. Pass one of these, or device="auto".'
+            )
+        # What is not installed offers nothing, so that to say "cpu" of it would be wrong.
+        listed = here or listed
+    reasons = " ".join(dict.fromkeys(found.reason for found in listed))
+    if listed and all(found.status == "no device" for found in listed):
+        raise DeviceNotAvailableError(f"Device '{wanted}' is not available here: {reasons}")
+    broken = any(found.status == "broken" for found in listed)
+    raise (BackendBrokenError if broken else BackendNotInstalledError)(
+        reasons or "No backend is registered."
+    )
 
-    @property
-    def described(self) -> str:
-        """The backends, for a message."""
-        return f"backend {self._names[0]!r}" if len(self._names) == 1 else "any backend"
 
-    def _may_be_one_of(self, usable: list[str]) -> bool:
-        if self.device.is_one_of(usable):
-            return True
-        # A kind without a number says nothing of how many there are: the load will. A machine
-        # has one CPU.
-        kind = self.device.kind
-        is_numbered = any(name.startswith(f"{kind}:") for name in usable)
-        return kind != "cpu" and kind in usable and not is_numbered
+def targets(machine: Machine, *, device: str, backend: str) -> list[PlanCandidate]:
+    """Backends and devices in the order in which a model is tried on them.
 
-    def _probe(self, name: str) -> tuple[Backend | None, list[Availability]]:
-        if name not in self._probed:
-            try:
-                adapter = get_backend(name)
-            except BackendBrokenError as error:
-                if self._is_named:
-                    raise
-                # One plugin that does not import is no reason to do without the others.
-                self._probed[name] = (None, [Availability("cpu", "broken", str(error))])
-            else:
-                self._probed[name] = (adapter, adapter.probe())
-        return self._probed[name]
+    Args:
+        machine: The record.
+        device: A device name, or ``"auto"``.
+        backend: A backend name, or ``"auto"``.
+    """
+    request = PlanRequest(model="", device=device, backend=backend)
+    anything = [
+        PlannedArtifact(format=formats[0], precision=None, state="to fetch", backends=(name,))
+        for name, formats in formats_of().items()
+        if formats
+    ]
+    plan = make_plan(machine, anything, request)
+    return [candidate for candidate in plan.candidates if candidate.status != "rejected"]
+
+
+def _listing(record: BackendRecord) -> list[Availability]:
+    if record.listing:
+        return list(record.listing)
+    reason = f"{record.backend}: {record.reason}"
+    if record.outcome == "not run":
+        return [Availability("cpu", "found", reason)]
+    return [Availability("cpu", "broken", reason, record.fix)] if record.reason else []

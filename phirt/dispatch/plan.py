@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -23,13 +24,15 @@ DEFAULT_CONTEXT = 2048
 """Tokens that memory is predicted for where nobody says, or the model's own limit if less."""
 
 
-Stage: TypeAlias = Literal["request", "runtime", "device", "model", "memory", "load", "answer"]
+Stage: TypeAlias = Literal[
+    "request", "runtime", "device", "model", "memory", "load", "answer", "use"
+]
 """Where a candidate was rejected.
 
-``request``: something else was asked for; ``runtime``: it is missing or broken; ``device``: it
-is absent, failed its trial or is quarantined; ``model``: there is no form of the model for it;
-``memory``: the model does not fit; ``load``: loading it failed; ``answer``: it was loaded, and
-computed wrong numbers.
+``request``: something else was asked for; ``runtime``: it is missing or broken, or does not
+offer the device; ``device``: it failed its trial there, or is quarantined; ``model``: there is
+no form of the model for it; ``memory``: the model does not fit; ``load``: loading it failed;
+``answer``: it was loaded, and computed wrong numbers; ``use``: it failed while it generated.
 """
 
 
@@ -208,12 +211,23 @@ class Plan:
             rejected: What becomes of it (`PlanCandidate.rejected`).
         """
         others = [each for each in self.candidates if each is not candidate]
-        first = next((each for each in others if each.status == "usable"), None)
-        if self.chosen is None or self.chosen is candidate:
-            others = [replace(each, status="chosen") if each is first else each for each in others]
         usable = [each for each in others if each.status != "rejected"]
+        if usable and candidate.status == "chosen":
+            usable[0] = replace(usable[0], status="chosen")
         out = [each for each in others if each.status == "rejected"]
-        return replace(self, candidates=(*usable, rejected, *out))
+        # Behind those whose turn came before.
+        before = sum(1 for _ in takewhile(lambda each: each.artifact is not None, out))
+        return replace(self, candidates=(*usable, *out[:before], rejected, *out[before:]))
+
+    def with_artifact(self, artifact: PlannedArtifact) -> Plan:
+        """The plan with the chosen candidate's artifact as it was made or fetched."""
+        return replace(
+            self,
+            candidates=tuple(
+                replace(each, artifact=artifact) if each is self.chosen else each
+                for each in self.candidates
+            ),
+        )
 
     def to_json(self) -> dict[str, Any]:
         """All of it in values of JSON; a path is text."""

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from phirt.devices.machine import BackendRecord, Machine, Quarantine
+from phirt.devices.machine import BackendRecord, Machine
 from phirt.devices.names import DeviceName
-from phirt.dispatch.fit import predict_memory
+from phirt.dispatch.fit import check_fit
 from phirt.dispatch.measurements import Measurement
+from phirt.dispatch.needs import memory_need
 from phirt.dispatch.plan import (
     MemoryNeed,
     Plan,
@@ -18,20 +19,22 @@ from phirt.dispatch.plan import (
     PlanRequest,
     Stage,
 )
+from phirt.dispatch.quarantine import in_force
 from phirt.dispatch.ranking import Tier, Way, rank, tier_of
 from phirt.dispatch.registry import automatic_names, formats_of
 from phirt.dispatch.shape import ModelShape
-from phirt.models.variants import device_rank, megabytes
+from phirt.errors import OutOfMemoryError
+from phirt.models.variants import device_rank
 from phirt.protocols import Accept, Reject
 from phirt.types import Availability
 
-__all__ = ["Accepts", "make_plan"]
+__all__ = ["OFFERED", "Accepts", "listed_as", "make_plan", "offer_of"]
 
 Accepts: TypeAlias = Callable[[PlannedArtifact, str, str], Accept | Reject]
 """``f(artifact, backend, device)``: whether the backend's adapter takes it there."""
 
-# What a probe says of a device that a load may be tried on.
-_OFFERED = ("found", "loads", "ran")
+OFFERED = ("found", "loads", "ran")
+"""What a probe says of a device that a load may be tried on."""
 
 
 def make_plan(
@@ -121,7 +124,7 @@ class _Judge:
     def rows(self, record: BackendRecord) -> Iterator[Way | PlanCandidate]:
         """The rows of one backend."""
         name, asked = record.backend, self.request.backend
-        offered = [each for each in record.listing if each.status in _OFFERED]
+        offered = [each for each in record.listing if each.status in OFFERED]
         if asked not in ("auto", name):
             for device in [each.device for each in offered] or [self._any_device]:
                 yield _out("request", name, device, f"backend {asked!r} was asked for")
@@ -165,7 +168,7 @@ class _Judge:
         if match is None:
             names = ", ".join(dict.fromkeys(offer.device for offer in offered))
             yield _out(
-                "device",
+                "runtime",
                 record.backend,
                 str(self.device),
                 f"device '{self.device}' is not available to it: it offers {names}",
@@ -223,15 +226,20 @@ class _Judge:
             verdict = self.accepts(artifact, backend, device)
             if isinstance(verdict, Reject):
                 return candidate.rejected("model", verdict.reason.rstrip("."), verdict.fix)
-        need = candidate.memory
-        if need is None or need.fits or need.free is None:
+        if candidate.memory is None or self.shape is None:
             return None
-        return candidate.rejected(
-            "memory",
-            f"it takes {megabytes(need.total)} with a context of {need.context:,} tokens, and "
-            f"{megabytes(need.free)} are free",
-            "Pass a smaller context or another precision, or free some memory.",
-        )
+        try:
+            check_fit(
+                candidate.memory,
+                shape=self.shape,
+                model=self.request.model,
+                backend=backend,
+                device=device,
+                precision=artifact.precision,
+            )
+        except OutOfMemoryError as error:
+            return candidate.rejected("memory", str(error))
+        return None
 
     def _held_otherwise(self, artifact: PlannedArtifact, backend: str, device: str) -> str:
         """The other forms that are here for a device, where this one would be fetched by "auto"."""
@@ -253,36 +261,26 @@ class _Judge:
     ) -> MemoryNeed | None:
         if self.shape is None:
             return None
-        size = artifact.bytes
-        if size is None and artifact.precision is not None:
-            size = self.shape.weights_bytes(artifact.precision)
-        if size is None:
-            return None
-        return predict_memory(
+        return memory_need(
+            artifact,
             self.shape,
             backend=backend,
-            device_kind=DeviceName.parse(offer.device).kind,
-            layout=artifact.format,
-            precision=artifact.precision,
-            weights_bytes=size,
+            offer=offer,
+            machine=self.machine,
             context=self.request.context,
-            free=self._free(offer),
         )
-
-    def _free(self, offer: Availability) -> int | None:
-        """What is free where a device keeps the weights, or all of it where only that is known."""
-        free, hardware = self.machine.memory.free, offer.hardware
-        if tier_of(offer) is not Tier.GPU:
-            return free
-        if hardware is None or hardware.memory_bytes is None:
-            return None
-        return hardware.memory_bytes if hardware.discrete else min(hardware.memory_bytes, free)
 
     def _fault(
         self, record: BackendRecord, offer: Availability
     ) -> tuple[str, str | None, bool] | None:
         """What is wrong with a device: reason, fix, and whether its name lets it be used."""
-        entry = next((q for q in self.machine.quarantine if _is_of(q, record, offer)), None)
+        entry = in_force(
+            self.machine.quarantine,
+            backend=record.backend,
+            device=offer.device,
+            version=offer.version or record.version,
+            driver=offer.hardware.driver if offer.hardware else None,
+        )
         if entry is not None:
             fix = "Update its driver or runtime, which ends the quarantine."
             return f"quarantined since {entry.when}: {entry.reason}", fix, True
@@ -324,6 +322,14 @@ def offer_of(offered: Sequence[Availability], device: DeviceName) -> Availabilit
     return next((offer for offer in offered if offer.device == device.kind), None)
 
 
+def listed_as(machine: Machine, backend: str, device: str) -> Availability:
+    """How a backend lists the device of a candidate."""
+    record = machine.backend(backend)
+    offered = [each for each in record.listing if each.status in OFFERED] if record else []
+    match = offer_of(offered, DeviceName.parse(device))
+    return match or Availability(device, "found", "not listed")
+
+
 def _out(
     stage: Stage, backend: str, device: str, reason: str, fix: str | None = None
 ) -> PlanCandidate:
@@ -336,12 +342,6 @@ def _tried(record: BackendRecord, offer: Availability) -> str:
     if trial is None:
         return "" if record.outcome == "listed" else offer.reason
     return "a tiny model ran there" if trial.outcome == "ran" else trial.reason
-
-
-def _is_of(entry: Quarantine, record: BackendRecord, offer: Availability) -> bool:
-    driver = None if offer.hardware is None else offer.hardware.driver
-    found = (record.backend, offer.device, offer.version or record.version, driver)
-    return (entry.backend, entry.device, entry.version, entry.driver) == found
 
 
 def _described(artifact: PlannedArtifact) -> str:

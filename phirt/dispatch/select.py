@@ -1,30 +1,48 @@
-"""Which backend loads a model, and on which device.
+"""Carries a plan out: the first of its candidates that proves itself is the one.
 
-A named backend or device is used or an error says why not; only ``"auto"`` chooses.
+A candidate is tried in a process of its own first, where that was not done before; then it is
+loaded, which proves where it runs, and its answer is compared with what its weights say. What
+fails at any of these is recorded, and the next one's turn comes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
-from phirt.dispatch.candidates import Candidate, Candidates
+from phirt.devices.machine import Machine, Trial
+from phirt.devices.names import DeviceName
+from phirt.dispatch.fit import check_fit
+from phirt.dispatch.needs import memory_need
+from phirt.dispatch.plan import Plan, PlanCandidate, PlannedArtifact, Stage
+from phirt.dispatch.planner import listed_as
+from phirt.dispatch.ranking import Tier, tier_of
+from phirt.dispatch.refusal import no_candidate, trial_error
+from phirt.dispatch.registry import get_backend
+from phirt.dispatch.shape import shape_of, weights_bytes
 from phirt.errors import (
     BackendError,
     DeviceError,
-    DeviceNotAvailableError,
+    OutOfMemoryError,
     UnsupportedModelError,
 )
 from phirt.models.folder import ModelFolder
 from phirt.protocols import LoadedModel, LoadOptions, Reject
 
-__all__ = ["FindFolder", "Selection", "load_first"]
+__all__ = ["FindFolder", "PlanLoader", "Selection", "TryFirst"]
 
 _logger = logging.getLogger(__name__)
 
-FindFolder = Callable[[Candidate], ModelFolder]
-"""Finds or makes the model's folder in a layout that the candidate's backend reads."""
+FindFolder: TypeAlias = Callable[[PlanCandidate], ModelFolder]
+"""Finds or makes the model's folder that a candidate needs."""
+
+TryFirst: TypeAlias = Callable[[str, str], Trial]
+"""``f(backend, device)``: runs a tiny model there, in a process of its own."""
+
+_FAILURES = (BackendError, DeviceError, UnsupportedModelError)
+_PASSED = ("ran", "not run")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,73 +54,218 @@ class Selection:
         device: Name of the device that it runs on.
         folder: What it was loaded from.
         loaded: The model.
-        reasons: One sentence for each candidate that was passed over.
+        plan: What was considered, and what became of it.
     """
 
     backend: str
     device: str
     folder: ModelFolder
     loaded: LoadedModel
-    reasons: tuple[str, ...]
+    plan: Plan
 
 
-def load_first(candidates: Candidates, find_folder: FindFolder, options: LoadOptions) -> Selection:
-    """Load a model on the first candidate that takes it.
+class PlanLoader:
+    """Loads the candidates of a plan.
 
     Args:
-        candidates: Backends and devices to try.
+        machine: The record that the plan was made of.
         find_folder: Called with each candidate whose turn comes. Where it raises
-            `UnsupportedModelError`, the next one is tried.
-        options: Passed on to the backend.
-
-    Raises:
-        DeviceNotAvailableError: The named device is not to be had.
-        BackendError: The named backend cannot load the model here, or none can.
-        UnsupportedModelError: No candidate can run the model.
-        ModelError: The model itself is at fault; no other candidate is tried.
+            `UnsupportedModelError` or `BackendError`, the next one's turn comes.
+        options: Passed on to the backends; what is None there is as it was measured best.
+        try_first: Called before a runtime is used that was not tried on the device.
+        refusals: Why a backend can have the model in no form, by backend.
     """
-    failures: list[_Failure] = []
-    for candidate in candidates:
-        name = candidate.backend.name
-        try:
-            folder = find_folder(candidate)
-            verdict = candidate.backend.accepts(folder.artifact, candidate.device)
-            if isinstance(verdict, Reject):
-                failures.append(_Failure(candidate, _sentence(candidate, verdict), None))
+
+    def __init__(
+        self,
+        machine: Machine,
+        find_folder: FindFolder,
+        options: LoadOptions,
+        *,
+        try_first: TryFirst,
+        refusals: Mapping[str, Exception] | None = None,
+    ) -> None:
+        self._machine = machine
+        self._find_folder = find_folder
+        self._options = options
+        self._try_first = try_first
+        self._refusals = refusals or {}
+        self._errors: dict[PlanCandidate, Exception] = {}
+
+    def load(self, plan: Plan) -> Selection:
+        """Load the first candidate that proves itself.
+
+        Args:
+            plan: The plan; that of a `Selection` without its chosen candidate
+                (`Plan.without`) goes on with the next one.
+
+        Raises:
+            DeviceNotAvailableError: The named device is not to be had.
+            DevicePlacementError: The only candidate runs elsewhere.
+            OutOfMemoryError: It fits nowhere.
+            BackendError: The named backend cannot load the model here, or none can.
+            UnsupportedModelError: No candidate can run the model.
+            ModelError: The model itself is at fault; no other candidate is tried.
+        """
+        while (candidate := plan.chosen) is not None:
+            try:
+                note = self._try(candidate, is_named=plan.device != "auto", plan=plan)
+                folder, loaded = self._load(candidate, plan)
+                doubt = self._check_answer(candidate, folder, loaded, plan)
+            except _RejectedError as rejection:
+                row = candidate.rejected(rejection.stage, rejection.reason, rejection.fix)
+                if rejection.error is not None:
+                    self._errors[row] = rejection.error
+                _logger.info("Passed over: %s: %s", candidate.described, rejection.reason)
+                plan = plan.without(candidate, row)
                 continue
-            loaded = candidate.backend.load(folder.artifact, candidate.device, options)
-        except (BackendError, DeviceError, UnsupportedModelError) as error:
-            failures.append(_Failure(candidate, f"{name} on {candidate.device}: {error}", error))
-            continue
-        reasons = tuple(failure.reason for failure in failures)
-        for reason in reasons:
-            _logger.info("Passed over: %s", reason)
-        return Selection(name, candidate.device, folder, loaded, reasons)
-    raise _nothing_fits(candidates, failures)
+            for each in filter(None, (note, doubt)):
+                plan = plan.with_note(each)
+            plan = plan.with_artifact(_as_found(candidate.artifact, folder))
+            _logger.info("Chosen: %s: %s", candidate.described, candidate.reason)
+            return Selection(candidate.backend, candidate.device, folder, loaded, plan)
+        raise no_candidate(plan, self._error_of)
 
+    def load_next(self, failed: Selection, reason: str) -> Selection:
+        """Load what comes after a selection that failed while it was used.
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    candidate: Candidate
-    reason: str
-    error: Exception | None
+        Args:
+            failed: What was loaded.
+            reason: What it failed of, in one sentence.
 
+        Raises:
+            PhirtError: As `load`.
+        """
+        chosen = failed.plan.chosen
+        assert chosen is not None  # noqa: S101  # what was selected
+        return self.load(failed.plan.without(chosen, chosen.rejected("use", reason)))
 
-def _sentence(candidate: Candidate, verdict: Reject) -> str:
-    fix = f" {verdict.fix}" if verdict.fix else ""
-    reason = verdict.reason.rstrip(".")  # It may be an error's message, which ends in one.
-    return f"{candidate.backend.name} on {candidate.device}: {reason}.{fix}"
-
-
-def _nothing_fits(candidates: Candidates, failures: list[_Failure]) -> Exception:
-    errors = [failure.error for failure in failures if failure.error is not None]
-    if len(errors) == len(failures) and len({str(error) for error in errors}) == 1:
-        return errors[0]  # One candidate, or one fault that all of them found.
-    reasons = " ".join(failure.reason for failure in failures)
-    if any(isinstance(error, BackendError | DeviceError) for error in errors):
-        return BackendError(f"No backend could load the model. {reasons}")
-    if candidates.device.kind not in ("auto", "cpu") and not errors:
-        return DeviceNotAvailableError(
-            f"Device '{candidates.device}' is not available to {candidates.described}: {reasons}"
+    def _try(self, candidate: PlanCandidate, *, is_named: bool, plan: Plan) -> str:
+        """See to it that the candidate was tried; what else there is to say of that."""
+        offer = listed_as(self._machine, candidate.backend, candidate.device)
+        is_users = plan.backend != "auto" and (is_named or tier_of(offer) is Tier.CPU)
+        record = self._machine.backend(candidate.backend)
+        known = None if record is None else record.trial(offer.device)
+        if is_users or known is not None:
+            # What is known went into the plan.
+            return ""
+        # Of a kind that is listed without numbers, the very one that was named.
+        numbered = DeviceName.parse(candidate.device).index and ":" not in offer.device
+        trial = self._try_first(candidate.backend, candidate.device if numbered else offer.device)
+        if trial.outcome in _PASSED:
+            return "" if trial.outcome == "ran" else f"{candidate.described}: {trial.reason}"
+        if is_named and trial.outcome == "wrong numbers":
+            return _warn(f"{candidate.described} was named, and is used: {trial.reason}")
+        error = trial_error(
+            candidate.backend,
+            candidate.device,
+            outcome=trial.outcome,
+            reason=trial.reason,
+            fix=trial.fix,
         )
-    return UnsupportedModelError(f"No backend can run the model. {reasons}")
+        raise _RejectedError("device", trial.reason, error, fix=trial.fix)
+
+    def _load(self, candidate: PlanCandidate, plan: Plan) -> tuple[ModelFolder, LoadedModel]:
+        try:
+            backend = get_backend(candidate.backend)
+            folder = self._find_folder(candidate)
+            verdict = backend.accepts(folder.artifact, candidate.device)
+            if isinstance(verdict, Reject):
+                raise _RejectedError("model", verdict.reason.rstrip("."), None, fix=verdict.fix)
+            if candidate.memory is None:
+                self._check_fit(candidate, folder, plan)
+            options = self._options_for(candidate)
+            return folder, backend.load(folder.artifact, candidate.device, options)
+        except _FAILURES as error:
+            raise _RejectedError("load", str(error), error) from error
+
+    def _check_fit(self, candidate: PlanCandidate, folder: ModelFolder, plan: Plan) -> None:
+        """As the plan did for what was on this disk; this was fetched meanwhile."""
+        shape = shape_of(folder)
+        need = memory_need(
+            _as_found(candidate.artifact, folder),
+            shape,
+            backend=candidate.backend,
+            offer=listed_as(self._machine, candidate.backend, candidate.device),
+            machine=self._machine,
+            context=plan.context,
+            threads=self._options.threads,
+        )
+        if need is None:
+            return
+        try:
+            check_fit(
+                need,
+                shape=shape,
+                model=plan.model,
+                backend=candidate.backend,
+                device=candidate.device,
+                precision=folder.artifact.precision,
+            )
+        except OutOfMemoryError as error:
+            raise _RejectedError("memory", str(error), error) from error
+
+    def _options_for(self, candidate: PlanCandidate) -> LoadOptions:
+        if candidate.speed is None:
+            return self._options
+        given, tuned = self._options, candidate.speed.setting
+        return replace(
+            given,
+            threads=tuned.threads if given.threads is None else given.threads,
+            spinning=tuned.spinning if given.spinning is None else given.spinning,
+        )
+
+    def _check_answer(
+        self, candidate: PlanCandidate, folder: ModelFolder, loaded: LoadedModel, plan: Plan
+    ) -> str:
+        """Hold the loaded model's numbers against its weights'; what there is to say of them."""
+        del self, candidate, folder, loaded, plan
+        return ""
+
+    def _error_of(self, row: PlanCandidate) -> Exception | None:
+        if row in self._errors:
+            return self._errors[row]
+        if row.stage == "memory":
+            return OutOfMemoryError(row.reason)
+        if row.stage == "model" and row.artifact is None:
+            return self._refusals.get(row.backend)
+        if row.stage != "device":
+            return None
+        offer = listed_as(self._machine, row.backend, row.device)
+        record = self._machine.backend(row.backend)
+        trial = None if record is None else record.trial(offer.device)
+        outcome = "wrong numbers" if trial is None else trial.outcome
+        return trial_error(row.backend, row.device, outcome=outcome, reason=row.reason, fix=row.fix)
+
+
+class _RejectedError(Exception):
+    """A candidate is out, and the next one's turn comes."""
+
+    def __init__(
+        self, stage: Stage, reason: str, error: Exception | None, *, fix: str | None = None
+    ) -> None:
+        super().__init__(reason)
+        self.stage: Stage = stage
+        self.reason = reason
+        self.error = error
+        self.fix = fix
+
+
+def _as_found(artifact: PlannedArtifact | None, folder: ModelFolder) -> PlannedArtifact:
+    """A planned artifact as it was made or fetched."""
+    found = folder.artifact
+    if artifact is not None and artifact.state == "here":
+        return artifact
+    return PlannedArtifact(
+        format=found.format,
+        precision=found.precision,
+        state="here",
+        path=found.path,
+        bytes=weights_bytes(folder),
+        id=f"{found.weights_id}:{found.format}",
+    )
+
+
+def _warn(message: str) -> str:
+    _logger.warning("%s", message)
+    return message
