@@ -11,6 +11,7 @@ import pytest
 from phirt.dispatch.registry import get_backend
 from phirt.dispatch.trial_model import TRIAL_LAYOUTS, trial_folder
 from phirt.errors import UnsupportedModelError
+from phirt.models.canary import read_canary
 from phirt.models.folder import read_folder
 from phirt.models.manifest import read_manifest
 from phirt.protocols import LoadOptions
@@ -56,6 +57,14 @@ def test_is_a_model_folder(layout: str) -> None:
     assert (folder.artifact.format, folder.artifact.architecture) == (layout, "llama")
     tokenizer = Tokenizer.from_file(folder.tokenizer_path)
     assert tokenizer.decode(tokenizer.encode("Hello, world!")) == "Hello, world!"
+
+
+@pytest.mark.parametrize("layout", TRIAL_LAYOUTS)
+def test_has_a_canary(layout: str) -> None:
+    canary = read_canary(trial_folder([layout]))
+    assert canary is not None
+    assert canary.own_kl is not None
+    assert canary.own_kl < 0.006
 
 
 def test_is_small() -> None:
