@@ -62,21 +62,33 @@ class SharedCache:
         wanted = max(length, self._least, min(2 * self.capacity, self.capacity + 8 * _BUCKET))
         capacity = min(-(-wanted // _BUCKET) * _BUCKET, self._limit)
         shape = (self._rows, self._graph.kv_heads, capacity, self._graph.head_size)
-        element, longest = self._graph.cache, max(held, default=0)
-        values, arrays = [], []
         try:
-            for index in range(len(self._graph.past)):
-                # Fresh zeros are not touched by the system until they are written.
-                array = np.zeros(shape, element.storage)
-                if longest:
-                    array[:, :, :longest] = self._stored(index)[:, :, :longest]
-                values.append(self._memory.place(array, element))
-                if self._memory.on_host:
-                    arrays.append(array)
+            self._move_to(shape, max(held, default=0))
         except Exception as error:
             raise translate(error, f"allocating a KV cache for {capacity} tokens") from error
-        self._values, self._arrays, self.capacity = values, arrays, capacity
+        self.capacity = capacity
         self.version += 1
+
+    def _move_to(self, shape: tuple[int, ...], length: int) -> None:
+        """Replace the buffers by larger ones, which take over the first ``length`` positions."""
+        element, memory, count = self._graph.cache, self._memory, len(self._graph.past)
+        if memory.on_host:
+            arrays = [memory.zeros(shape, element) for _ in range(count)]
+            values = [memory.place(array, element) for array in arrays]
+            # All is allocated, and nothing of it taken yet. An old buffer goes as soon as it is
+            # copied, so that there are never two of more than one.
+            for index in range(count if length else 0):
+                arrays[index][:, :, :length] = self._arrays[index][:, :, :length]
+                self._arrays[index], self._values[index] = arrays[index], values[index]
+            self._arrays, self._values = arrays, values
+            return
+        values = []
+        for index in range(count):
+            array = memory.zeros(shape, element)
+            if length:
+                array[:, :, :length] = self._stored(index)[:, :, :length]
+            values.append(memory.place(array, element))
+        self._values = values
 
     def bind(self, binding: Any, first: int, count: int) -> None:
         """Bind rows ``first`` to ``first + count - 1`` as past and present.
@@ -84,12 +96,14 @@ class SharedCache:
         Part of the rows needs memory that has addresses.
         """
         names = zip(self._graph.past, self._graph.present, self._values, strict=True)
-        if (first, count) == (0, self._rows):
+        element, memory = self._graph.cache, self._memory
+        # A binding keeps a tensor's memory for as long as the tensor is bound. An address it does
+        # not keep, so that buffers that were replaced are gone before all bindings know.
+        if (first, count) == (0, self._rows) and not memory.on_host:
             for past, present, value in names:
                 binding.bind_ortvalue_input(past, value)
                 binding.bind_ortvalue_output(present, value)
             return
-        element, memory = self._graph.cache, self._memory
         kind = element.number if element.is_bfloat16 else element.storage.type
         for past, present, value in names:
             shape = [count, *value.shape()[1:]]

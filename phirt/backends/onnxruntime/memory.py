@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import math
+import mmap
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +76,20 @@ class HostMemory:
         """The host's memory."""
         return self
 
+    def zeros(self, shape: Sequence[int], element: Element) -> NDArray[Any]:
+        """Zeros in pages of their own, each of which the system gives once it is written to.
+
+        NumPy asks the system for huge pages: of a buffer for 8,192 tokens, a hundred tokens
+        would take most. And what it allocates may come from the heap, where zeros are written,
+        and which keeps it when it is freed.
+
+        Raises:
+            MemoryError: The system does not give as much.
+        """
+        count = math.prod(shape)
+        pages = _new_pages(max(1, count * element.storage.itemsize))
+        return np.frombuffer(pages, element.storage, count).reshape(shape)
+
     def place(self, array: NDArray[Any], element: Element) -> Any:
         """A tensor on the array's own memory, which must be contiguous."""
         if element.is_bfloat16:
@@ -110,6 +129,10 @@ class DeviceMemory:
         # WebGPU and DirectML hand out handles, from which no other part can be reckoned.
         self.has_addresses = device_type == "cuda"
 
+    def zeros(self, shape: Sequence[int], element: Element) -> NDArray[Any]:
+        """Zeros on the host, on their way to the device."""
+        return np.zeros(shape, element.storage)
+
     def place(self, array: NDArray[Any], element: Element) -> Any:
         """A new tensor on the device, with the array's values."""
         binding = self._bind(self.host.place(np.ascontiguousarray(array), element), element)
@@ -135,6 +158,22 @@ class DeviceMemory:
         self._sessions[element.number].run_with_iobinding(binding)
         binding.synchronize_outputs()
         return binding.get_outputs()[0]
+
+
+def _new_pages(size: int) -> mmap.mmap:
+    """Memory that goes back to the system when it is let go of."""
+    try:
+        if sys.platform == "win32":
+            pages = mmap.mmap(-1, size)
+        else:
+            # Shared is the default, and a forked child would write into its parent's cache.
+            pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"the system does not give {size:,} bytes") from error
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)  # which some systems give unasked
+    return pages
 
 
 Memory = HostMemory | DeviceMemory
