@@ -14,6 +14,7 @@ import logging
 
 from phirt._version import __version__
 from phirt.devices.device import Device, DeviceBackend
+from phirt.dispatch.plan import Plan
 from phirt.dispatch.survey import devices
 from phirt.errors import (
     BackendBrokenError,
@@ -43,6 +44,7 @@ from phirt.generation.params import GenerationParams
 from phirt.generation.timings import Timings, Usage
 from phirt.locate import pull
 from phirt.model import Model, load
+from phirt.planning import plan
 from phirt.remote import PullPlan
 from phirt.stream import Generation, Token, TokenLogprobs, TokenStream
 from phirt.types import Progress
@@ -69,6 +71,7 @@ __all__ = [
     "NonFiniteLogitsError",
     "OutOfMemoryError",
     "PhirtError",
+    "Plan",
     "Progress",
     "PullPlan",
     "SessionClosedError",
@@ -85,6 +88,7 @@ __all__ = [
     "__version__",
     "devices",
     "load",
+    "plan",
     "pull",
 ]
 

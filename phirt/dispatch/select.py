@@ -14,6 +14,8 @@ from typing import TypeAlias
 
 from phirt.devices.machine import Machine, Trial
 from phirt.devices.names import DeviceName
+from phirt.dispatch import quarantine
+from phirt.dispatch.canary import check_loaded
 from phirt.dispatch.fit import check_fit
 from phirt.dispatch.needs import memory_need
 from phirt.dispatch.plan import Plan, PlanCandidate, PlannedArtifact, Stage
@@ -24,6 +26,7 @@ from phirt.dispatch.registry import get_backend
 from phirt.dispatch.shape import shape_of, weights_bytes
 from phirt.errors import (
     BackendError,
+    BackendRuntimeError,
     DeviceError,
     OutOfMemoryError,
     UnsupportedModelError,
@@ -111,7 +114,11 @@ class PlanLoader:
             try:
                 note = self._try(candidate, is_named=plan.device != "auto", plan=plan)
                 folder, loaded = self._load(candidate, plan)
-                doubt = self._check_answer(candidate, folder, loaded, plan)
+                try:
+                    doubt = self._check_answer(candidate, folder, loaded, plan)
+                except BaseException:
+                    loaded.close()
+                    raise
             except _RejectedError as rejection:
                 row = candidate.rejected(rejection.stage, rejection.reason, rejection.fix)
                 if rejection.error is not None:
@@ -219,8 +226,65 @@ class PlanLoader:
         self, candidate: PlanCandidate, folder: ModelFolder, loaded: LoadedModel, plan: Plan
     ) -> str:
         """Hold the loaded model's numbers against its weights'; what there is to say of them."""
-        del self, candidate, folder, loaded, plan
-        return ""
+        backend, device = candidate.backend, candidate.device
+        offer = listed_as(self._machine, backend, device)
+        record = self._machine.backend(backend)
+        version = offer.version or (record.version if record else None)
+        driver = offer.hardware.driver if offer.hardware else None
+        try:
+            verdict = check_loaded(
+                loaded,
+                folder,
+                backend=backend,
+                device=device,
+                version=version,
+                driver=driver,
+                reference=lambda: self._reference(candidate, folder, plan),
+            )
+        except _FAILURES as failure:
+            raise _RejectedError("answer", str(failure), failure) from failure
+        if verdict.status == "passed":
+            return ""
+        if verdict.status == "unverified":
+            is_cpu = DeviceName.parse(device).kind == "cpu"
+            return "" if is_cpu else f"{candidate.described} is unverified: {verdict.reason}"
+        if plan.device != "auto":
+            return _warn(
+                f"{candidate.described} was named, and is used although it computes wrong numbers: "
+                f"{verdict.reason}"
+            )
+        quarantine.add(
+            backend=backend,
+            device=offer.device,
+            version=version,
+            driver=driver,
+            reason=verdict.reason,
+        )
+        fix = f'Update its driver or runtime, or pass device="{device}" to use it all the same.'
+        error = BackendRuntimeError(
+            f"Backend {backend!r} computes wrong numbers on device {device!r}: "
+            f"{verdict.reason.rstrip('.')}. {fix}"
+        )
+        raise _RejectedError("answer", f"wrong numbers: {verdict.reason}", error, fix=fix)
+
+    def _reference(
+        self, candidate: PlanCandidate, folder: ModelFolder, plan: Plan
+    ) -> LoadedModel | None:
+        """The same folder on the CPU, with the first other backend that takes it."""
+        for row in plan.candidates:
+            is_other = (row.backend, row.device) != (candidate.backend, candidate.device)
+            if row.status == "rejected" or row.device != "cpu" or not is_other:
+                continue
+            try:
+                if self._try_first(row.backend, row.device).outcome not in _PASSED:
+                    continue
+                backend = get_backend(row.backend)
+                if isinstance(backend.accepts(folder.artifact, row.device), Reject):
+                    continue
+                return backend.load(folder.artifact, row.device, LoadOptions())
+            except _FAILURES as error:
+                _logger.info("No reference: %s: %s", row.described, error)
+        return None
 
     def _error_of(self, row: PlanCandidate) -> Exception | None:
         if row in self._errors:
