@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from phirt.backends.native_errors import first_line
+from phirt.dispatch.plan import Plan
 from phirt.dispatch.select import Selection
 from phirt.errors import PhirtError, SessionClosedError
 from phirt.generation.failover import Failover, Takeover
@@ -121,7 +122,7 @@ class Standby:
             error.add_note("Nothing takes over: the model is closed.")
             return False
         try:
-            after = self._load_next(before, reason)
+            after = self._load_next(replace(before, plan=_on_disk(before.plan)), reason)
         except Exception as second:
             error.add_note(f"Nothing takes over: {_sentence(second)}")
             return False
@@ -141,6 +142,16 @@ class Standby:
         if self.is_closed():
             after.loaded.close()
         return True
+
+
+def _on_disk(plan: Plan) -> Plan:
+    """The plan without what would be downloaded, which nobody expects of a stream's next token."""
+    for row in plan.candidates:
+        if row.status == "usable" and row.artifact and row.artifact.state == "to fetch":
+            reason = "it is not fetched in the middle of a generation"
+            fix = f'To have it here beforehand, pass backend="{row.backend}" to phirt.pull.'
+            plan = plan.without(row, row.rejected("model", reason, fix))
+    return plan
 
 
 def _close(selection: Selection) -> None:

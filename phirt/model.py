@@ -18,7 +18,7 @@ from phirt.dispatch.plan import Plan, PlanCandidate, PlanRequest
 from phirt.dispatch.registry import formats_of
 from phirt.dispatch.select import PlanLoader, Selection
 from phirt.errors import ModelNotFoundError, SessionClosedError, UnsupportedModelError
-from phirt.failover import LoadNext, Standby
+from phirt.failover import LoadNext, Standby, check_failover
 from phirt.generation.loop import DecodeLoop
 from phirt.generation.params import GenerationParams
 from phirt.generation.params_resolved import GenerationDefaults
@@ -49,6 +49,7 @@ def load(
     spinning: bool | None = None,
     options: Mapping[str, Any] | None = None,
     offline: bool = False,
+    failover: bool = False,
     progress: ProgressCallback | None = None,
     announce: Announce | None = None,
 ) -> Model:
@@ -80,6 +81,9 @@ def load(
             they need a named ``backend``.
         offline: Never touch the network; so does the environment variable
             ``HF_HUB_OFFLINE``.
+        failover: Where the backend fails in the middle of a generation, go on with the next
+            candidate of the plan: see docs/failover.md. Needs ``"auto"`` as ``device`` or
+            ``backend``.
         progress: Called as a download or a conversion advances.
         announce: Called with a `phirt.PullPlan` before something is downloaded. What it
             raises ends the load.
@@ -100,6 +104,8 @@ def load(
             f"options={dict(options)!r} are settings of one runtime: name its backend as well"
         )
     DeviceName.parse(device)
+    if failover:
+        check_failover(device=device, backend=backend)
     machine = machine_for(backend)
     check_offered(machine, device=device, backend=backend)
     started = time.perf_counter()
@@ -145,7 +151,8 @@ def load(
     with _explain_removal(located):
         selection = loader.load(prepared.plan)
         try:
-            return Model(selection, started=started)
+            load_next = loader.load_next if failover else None
+            return Model(selection, started=started, load_next=load_next)
         except BaseException:
             selection.loaded.close()
             raise
