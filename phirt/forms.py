@@ -74,6 +74,7 @@ class Forms:
         self._offline = offline
         self._progress = progress
         self._store = Store()
+        self._found: dict[tuple[tuple[str, ...], str], list[PlannedArtifact]] = {}
         self._folders: dict[tuple[Path, str], ModelFolder] = {}
         self._labels: dict[Path, str] = {}
         self._checkpoint: Checkpoint | None = None
@@ -91,13 +92,19 @@ class Forms:
             BackendNotInstalledError: A package is missing that reading the checkpoint needs.
             ValueError: A precision was named for a folder that cannot be converted.
         """
-        wanted = Wanted(
-            formats=tuple(formats),
-            precision=self._precision,
-            device=device,
-            offline=self._offline,
-            progress=self._progress,
-        )
+        key = (tuple(formats), device)
+        if key not in self._found:
+            wanted = Wanted(
+                formats=tuple(formats),
+                precision=self._precision,
+                device=device,
+                offline=self._offline,
+                progress=self._progress,
+            )
+            self._found[key] = self._find(wanted)
+        return self._found[key]
+
+    def _find(self, wanted: Wanted) -> list[PlannedArtifact]:
         if isinstance(self._meaning, Path):
             return self._at_path(self._meaning, wanted)
         options = options_of(self._meaning.target, label=self._meaning.label, wanted=wanted)

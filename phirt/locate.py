@@ -183,7 +183,7 @@ def pull(
     failures: list[UnsupportedModelError] = []
     for candidate in targets(machine, device=device, backend=backend):
         wanted = Wanted(
-            formats=formats_of()[candidate.backend],
+            formats=formats_of(candidate.backend),
             precision=precision,
             device=DeviceName.parse(candidate.device).kind,
             offline=offline,

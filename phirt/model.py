@@ -131,7 +131,7 @@ def load(
         is_here = candidate.artifact.state == "here"
         folder = prepared.forms.obtain(
             candidate.artifact,
-            formats=formats_of()[candidate.backend],
+            formats=formats_of(candidate.backend),
             device=DeviceName.parse(candidate.device).kind,
             announce=announce,
         )

@@ -188,11 +188,11 @@ def _forms_for(
     wanted = DeviceName.parse(request.device)
     found: dict[PlannedArtifact, None] = {}
     refusals: dict[str, PhirtError] = {}
-    readable = formats_of()
     for record in machine.backends:
         name = record.backend
-        if request.backend not in ("auto", name) or name not in readable:
+        if request.backend not in ("auto", name):
             continue
+        formats = formats_of(name)
         kinds = {wanted.kind}
         if wanted.kind == "auto":
             # Of one that is not installed too: what the store holds for it, "auto" does not
@@ -201,7 +201,7 @@ def _forms_for(
             kinds = {DeviceName.parse(device).kind for device in offered or ["cpu"]}
         for kind in sorted(kinds):
             try:
-                artifacts = forms.read_by(readable[name], kind)
+                artifacts = forms.read_by(formats, kind)
             except (UnsupportedModelError, BackendError) as error:
                 refusals[name] = error
                 continue

@@ -15,7 +15,7 @@ from phirt.devices.memory import read_memory
 from phirt.devices.names import DeviceName
 from phirt.dispatch.plan import PlanCandidate, PlannedArtifact, PlanRequest
 from phirt.dispatch.planner import OFFERED, make_plan, offer_of
-from phirt.dispatch.registry import automatic_names, backend_names, formats_of, get_backend
+from phirt.dispatch.registry import backend_names, formats_of, get_backend, is_automatic
 from phirt.errors import BackendBrokenError, BackendNotInstalledError, DeviceNotAvailableError
 from phirt.types import Availability
 
@@ -74,8 +74,11 @@ def check_offered(machine: Machine, *, device: str, backend: str) -> None:
         ValueError: ``device`` is malformed.
     """
     wanted = DeviceName.parse(device)
-    names = automatic_names() if backend == "auto" else [backend]
-    records = [record for record in machine.backends if record.backend in names]
+    records = [
+        record
+        for record in machine.backends
+        if record.backend == backend or (backend == "auto" and is_automatic(record.backend))
+    ]
     listed = [found for record in records for found in _listing(record)]
     for record in records:
         usable = [found for found in _listing(record) if found.status in OFFERED]
@@ -110,10 +113,11 @@ def targets(machine: Machine, *, device: str, backend: str) -> list[PlanCandidat
         backend: A backend name, or ``"auto"``.
     """
     request = PlanRequest(model="", device=device, backend=backend)
+    names = [record.backend for record in machine.backends]
     anything = [
         PlannedArtifact(format=formats[0], precision=None, state="to fetch", backends=(name,))
-        for name, formats in formats_of().items()
-        if formats
+        for name in names
+        if (formats := formats_of(name))
     ]
     plan = make_plan(machine, anything, request)
     return [candidate for candidate in plan.candidates if candidate.status != "rejected"]

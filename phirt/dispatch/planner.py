@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -21,9 +22,9 @@ from phirt.dispatch.plan import (
 )
 from phirt.dispatch.quarantine import in_force
 from phirt.dispatch.ranking import Tier, Way, rank, tier_of
-from phirt.dispatch.registry import automatic_names, formats_of
+from phirt.dispatch.registry import formats_of, is_automatic
 from phirt.dispatch.shape import ModelShape
-from phirt.errors import OutOfMemoryError
+from phirt.errors import OutOfMemoryError, UnknownBackendError
 from phirt.models.variants import device_rank
 from phirt.protocols import Accept, Reject
 from phirt.types import Availability
@@ -75,7 +76,7 @@ def make_plan(
         artifacts=artifacts,
         request=request,
         device=DeviceName.parse(request.device),
-        formats=formats_of() if formats is None else formats,
+        formats=_registered(machine) if formats is None else formats,
         refusals=refusals or {},
         shape=shape,
         measurements=measurements,
@@ -129,7 +130,7 @@ class _Judge:
             for device in [each.device for each in offered] or [self._any_device]:
                 yield _out("request", name, device, f"backend {asked!r} was asked for")
             return
-        if asked == "auto" and name not in automatic_names():
+        if asked == "auto" and not is_automatic(name):
             for device in [each.device for each in offered] or [self._any_device]:
                 yield _out("request", name, device, "it is used by name only")
             return
@@ -328,6 +329,15 @@ def listed_as(machine: Machine, backend: str, device: str) -> Availability:
     offered = [each for each in record.listing if each.status in OFFERED] if record else []
     match = offer_of(offered, DeviceName.parse(device))
     return match or Availability(device, "found", "not listed")
+
+
+def _registered(machine: Machine) -> dict[str, tuple[str, ...]]:
+    """What the backends of a machine read, those of them that are registered here."""
+    found = {}
+    for record in machine.backends:
+        with contextlib.suppress(UnknownBackendError):
+            found[record.backend] = formats_of(record.backend)
+    return found
 
 
 def _out(

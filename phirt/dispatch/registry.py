@@ -8,7 +8,6 @@ A package adds a backend through the entry-point group ``phirt.backends``::
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import importlib
 from importlib.metadata import entry_points
@@ -16,7 +15,7 @@ from importlib.metadata import entry_points
 from phirt.errors import BackendBrokenError, UnknownBackendError
 from phirt.protocols import Backend
 
-__all__ = ["ENTRY_POINT_GROUP", "automatic_names", "backend_names", "formats_of", "get_backend"]
+__all__ = ["ENTRY_POINT_GROUP", "backend_names", "formats_of", "get_backend", "is_automatic"]
 
 ENTRY_POINT_GROUP = "phirt.backends"
 
@@ -47,9 +46,9 @@ def backend_names() -> list[str]:
     return [*_BUILT_IN, *sorted(_plugins().keys() - _BUILT_IN.keys())]
 
 
-def automatic_names() -> list[str]:
-    """Names of the backends that ``"auto"`` may choose, in order of preference."""
-    return [name for name in backend_names() if name not in _ONLY_BY_NAME]
+def is_automatic(name: str) -> bool:
+    """Whether ``"auto"`` may choose the backend of that name."""
+    return name not in _ONLY_BY_NAME
 
 
 def get_backend(name: str) -> Backend:
@@ -79,13 +78,18 @@ def get_backend(name: str) -> Backend:
     return backend
 
 
-def formats_of() -> dict[str, tuple[str, ...]]:
-    """The layouts that each registered backend reads; one whose adapter is broken is left out."""
-    found = dict(_FORMATS)
-    for name in backend_names()[len(_BUILT_IN) :]:
-        with contextlib.suppress(BackendBrokenError):
-            found[name] = tuple(get_backend(name).formats)
-    return found
+def formats_of(name: str) -> tuple[str, ...]:
+    """The layouts that a backend reads, preferred first; none where its adapter is broken.
+
+    Raises:
+        UnknownBackendError: No backend of that name is registered.
+    """
+    if name in _FORMATS:
+        return _FORMATS[name]
+    try:
+        return tuple(get_backend(name).formats)
+    except BackendBrokenError:
+        return ()
 
 
 def _plugins() -> dict[str, str]:

@@ -33,7 +33,19 @@ def test_a_built_in_backend_by_name(name):
 
 
 def test_the_reference_is_never_chosen_for_the_user():
-    assert registry.automatic_names() == BUILT_IN[:-1]
+    assert [name for name in BUILT_IN if registry.is_automatic(name)] == BUILT_IN[:-1]
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_what_a_backend_reads_is_known_without_its_adapter(name):
+    assert registry.formats_of(name) == registry.get_backend(name).formats
+
+
+def test_what_a_plugin_reads_its_adapter_says(plugin):
+    plugin("mine", "tests.dispatch.fake_backend:FakeBackend")
+    assert registry.formats_of("mine") == ("onnx-genai", "onnx")
+    plugin("mine", "no.such.module:Thing")
+    assert registry.formats_of("mine") == ()
 
 
 def test_an_unknown_name_lists_the_known_and_suggests_the_nearest():
@@ -47,13 +59,13 @@ def test_an_unknown_backend_is_a_value_error_too():
 
 
 def test_a_plugin_comes_after_the_built_in(plugin):
-    plugin("mine", "tests.dispatch.test_select:FakeBackend")
+    plugin("mine", "tests.dispatch.fake_backend:FakeBackend")
     assert registry.backend_names() == [*BUILT_IN, "mine"]
     assert registry.get_backend("mine").name == "fake"
 
 
 def test_a_plugin_cannot_replace_a_built_in_backend(plugin):
-    plugin("onnxruntime", "tests.dispatch.test_select:FakeBackend")
+    plugin("onnxruntime", "tests.dispatch.fake_backend:FakeBackend")
     assert registry.backend_names() == BUILT_IN
     assert registry.get_backend("onnxruntime").name == "onnxruntime"
 
