@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +22,15 @@ import pytest
 
 from phirt.backends.base import HostLogits
 from phirt.backends.mlx import MlxBackend
+from phirt.backends.mlx import adapter as mlx_adapter
 from phirt.backends.mlx import session as mlx_session
-from phirt.backends.mlx.model import MlxModel
+from phirt.backends.mlx.decoder import Decoder
+from phirt.backends.mlx.model import MlxModel, MlxTarget
 from phirt.backends.transformers import TransformersBackend
 from phirt.errors import (
+    BackendRuntimeError,
     DeviceNotAvailableError,
+    DevicePlacementError,
     ModelError,
     ModelFormatError,
     OutOfMemoryError,
@@ -403,6 +408,36 @@ class TestDevices:
     def test_the_cpu_is_read_back(self, llama: MlxModel) -> None:
         assert llama.placement().device == "cpu"
         assert llama.placement().provider == "Device(cpu, 0)"
+
+    def test_a_device_that_mlx_leaves_for_the_cpu(
+        self, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Elsewhere(MlxTarget):
+            """The GPU by name, whose operations go to the CPU."""
+
+            def active(self) -> Any:
+                return nullcontext()
+
+        mx = import_module("mlx.core")
+        target = Elsewhere(mx, "metal", mx.Device(mx.gpu, 0))
+        monkeypatch.setattr(mlx_adapter, "_find_device", lambda mx, device: target)
+        message = r"'metal' .* Device\(gpu, 0\), but .* 100% .* Device\(cpu, 0\)"
+        with pytest.raises(DevicePlacementError, match=message):
+            load(folders["llama"], "metal")
+
+    def test_off_the_cpu_a_first_result_is_computed(
+        self, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Which may be the first thing that fails."""
+        monkeypatch.setattr(MlxTarget, "is_host", False)
+        load(folders["llama"]).close()
+
+        def fail(self: Decoder, *args: Any, **options: Any) -> None:
+            raise RuntimeError("[metal::Device] Unable to load kernel")
+
+        monkeypatch.setattr(Decoder, "forward", fail)
+        with pytest.raises(BackendRuntimeError, match=r"trying the model out .* load kernel"):
+            load(folders["llama"])
 
     def test_the_probe_names_the_cpu(self) -> None:
         found = {entry.device: entry.status for entry in MlxBackend().probe()}

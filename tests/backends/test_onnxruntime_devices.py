@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phirt.backends.onnxruntime import adapter, providers
 from phirt.backends.onnxruntime import cache as onnxruntime_cache
-from phirt.backends.onnxruntime import providers
 from phirt.backends.onnxruntime.adapter import OnnxRuntimeBackend, OrtModel
 from phirt.backends.onnxruntime.memory import ELEMENTS, DeviceMemory
 from phirt.backends.onnxruntime.options import Settings
@@ -185,12 +185,35 @@ class TestPlacement:
             self.read(CUDA=["MatMul", "GroupQueryAttention"], CPU=[kind])
 
     def test_a_fallback_is_an_error(self) -> None:
-        with pytest.raises(DevicePlacementError, match="2 nodes on CPUExecutionProvider"):
+        message = r"2 of 2 nodes \(100\.0%\) elsewhere: 2 on CPUExecutionProvider"
+        with pytest.raises(DevicePlacementError, match=message):
             self.read(CPU=["Shape", "Gather"])
 
+    def test_the_share_is_named(self) -> None:
+        message = (
+            r"runs 4 of 10 nodes \(40\.0%\) elsewhere: 6 on CUDA\w+, 4 on CPU\w+; "
+            "off the device are 1 GroupQueryAttention and 2 MatMulNBits, which belong there"
+        )
+        stray = ["MatMulNBits", "Shape", "GroupQueryAttention", "MatMulNBits"]
+        with pytest.raises(DevicePlacementError, match=message):
+            self.read(CUDA=["MatMulNBits"] * 6, CPU=stray)
+
     def test_no_record_is_no_proof(self) -> None:
-        with pytest.raises(DevicePlacementError, match="reports nothing"):
+        with pytest.raises(DevicePlacementError, match="is no proof"):
             self.read()
+
+
+class TestAFallback:
+    """A session that onnxruntime opens on the CPU for a plan that names a GPU."""
+
+    def test_is_refused_with_the_share(self, folder: Path, monkeypatch: Any) -> None:
+        cuda = Provider(device="cuda", name="CUDAExecutionProvider", memory="cpu")
+        monkeypatch.setattr(adapter, "find_provider", lambda ort, device: cuda)
+        monkeypatch.setattr(adapter, "add_to", lambda *args: [_CPU])
+        artifact = read_folder(folder).artifact
+        message = r"'cuda' .* CUDAExecutionProvider, but .* \(100\.0%\) elsewhere"
+        with pytest.raises(DevicePlacementError, match=message):
+            OnnxRuntimeBackend().load(artifact, "cuda", LoadOptions())
 
 
 @pytest.fixture(scope="module")

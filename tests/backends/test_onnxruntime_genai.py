@@ -478,10 +478,10 @@ class TestDevices:
     @pytest.mark.parametrize(
         ("kernels", "message"),
         [
-            ([("OtherProvider", "Add")] * 9, "ran 9 nodes on OtherProvider. Use"),
+            ([("OtherProvider", "Add")] * 9, r"9 of 9 nodes \(100\.0%\) elsewhere"),
             (
                 [("CPUExecutionProvider", "Add"), ("OtherProvider", "FusedMatMul")],
-                "1 nodes on OtherProvider, among them FusedMatMul off the device",
+                r"1 of 2 nodes \(50\.0%\) elsewhere.*off the device are 1 FusedMatMul",
             ),
         ],
         ids=["all-of-it", "a-product-of-matrices"],
@@ -490,6 +490,16 @@ class TestDevices:
         monkeypatch.setattr(adapter, "_read_profile", lambda folder: kernels)
         with pytest.raises(DevicePlacementError, match=message):
             load(written("llama"))
+
+    @pytest.mark.parametrize("profile", ["its own", "none"])
+    def test_a_device_that_genai_leaves_for_the_cpu(self, written, monkeypatch, profile):
+        """The plan says CUDA, and genai opens its CPU: by its own profile, and without one."""
+        monkeypatch.setattr(genai_config, "_provider_options", lambda *args: [])
+        if profile == "none":
+            monkeypatch.setattr(adapter, "_read_profile", lambda folder: [])
+        message = "CUDAExecutionProvider, but.*(100.0%|is no proof)"
+        with pytest.raises(DevicePlacementError, match=message):
+            load(written("llama"), "cuda")
 
     def test_small_things_may_run_elsewhere(self, written, monkeypatch):
         kernels = [("CPUExecutionProvider", "MatMul"), ("OtherProvider", "Shape")]

@@ -21,6 +21,7 @@ from phirt.build.convert import convert
 from phirt.errors import (
     BackendRuntimeError,
     DeviceNotAvailableError,
+    DevicePlacementError,
     ModelFormatError,
     OutOfMemoryError,
     SessionClosedError,
@@ -440,6 +441,40 @@ class TestDevices:
     def test_placement_is_what_openvino_says(self, llama):
         placement = llama.placement()
         assert (placement.device, placement.provider) == ("cpu", "CPU")
+
+    @pytest.mark.parametrize(
+        ("asked", "target", "executes_on", "share"),
+        [
+            ("gpu", "GPU", ["CPU"], "100%"),
+            ("gpu:1", "GPU.1", ["GPU.0"], "100%"),
+            ("gpu", "GPU", ["GPU.0", "CPU"], "50%"),
+            ("npu", "NPU", [], "100%"),
+        ],
+    )
+    def test_a_graph_that_executes_elsewhere(self, asked, target, executes_on, share):
+        compiled = SimpleNamespace(get_property=lambda key: executes_on)
+        with pytest.raises(DevicePlacementError, match=f"executes {share} of the graph elsewhere"):
+            openvino_adapter._read_placement(compiled, asked, target)
+
+    @pytest.mark.parametrize(
+        ("asked", "target", "executes_on"),
+        [("gpu", "GPU", ["GPU.0"]), ("gpu:0", "GPU.0", ["GPU"]), ("gpu:1", "GPU.1", ["GPU.1"])],
+    )
+    def test_a_number_may_be_left_out(self, asked, target, executes_on):
+        compiled = SimpleNamespace(get_property=lambda key: executes_on)
+        placement = openvino_adapter._read_placement(compiled, asked, target)
+        assert placement.provider == executes_on[0]
+
+    def test_a_device_that_openvino_leaves_for_the_cpu(self, llama_folder, monkeypatch):
+        compile_model = openvino_adapter._compile
+        monkeypatch.setattr(openvino_adapter, "_find_device", lambda core, device: "GPU")
+        monkeypatch.setattr(
+            openvino_adapter,
+            "_compile",
+            lambda core, model, target, *rest: compile_model(core, model, "CPU", *rest),
+        )
+        with pytest.raises(DevicePlacementError, match=r"'gpu' .* 100% .* it names CPU"):
+            OpenVinoBackend().load(artifact_of(llama_folder), "gpu", LoadOptions())
 
     def test_openvino_may_choose(self, llama_folder, llama):
         model = OpenVinoBackend().load(

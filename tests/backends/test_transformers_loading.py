@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from phirt.backends.transformers import TransformersBackend
+from phirt.backends.transformers import TransformersBackend, adapter
 from phirt.backends.transformers.devices import check_device
 from phirt.backends.transformers.model import TransformersModel, translate
 from phirt.errors import (
@@ -55,8 +55,31 @@ class TestPlacement:
         network = oracle(folder)
         network.lm_head.to("meta")
         held = read_folder(folder, formats=("safetensors",))
-        with pytest.raises(DevicePlacementError, match="cpu, meta"):
+        size = sum(parameter.nbytes for parameter in network.parameters())
+        share = network.lm_head.weight.nbytes / size
+        with pytest.raises(DevicePlacementError, match=f"{share:.1%} of the weights .* on meta"):
             TransformersModel(torch, transformers, network, folder=held, device="cpu", threads=None)
+
+    @pytest.mark.parametrize("device", ["cuda", "cuda:0", "metal"])
+    def test_weights_on_the_cpu_are_on_no_other_device(
+        self, folder: Path, device: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """What torch offers is there, and the weights are not on it."""
+        cpu = torch.device("cpu")
+        monkeypatch.setattr(adapter, "check_device", lambda torch, device: cpu)
+        message = f"'{device}' was asked for, but 100.0% of the weights .* on cpu"
+        with pytest.raises(DevicePlacementError, match=message):
+            TransformersBackend().load(artifact_of(folder), device, LoadOptions())
+
+    def test_a_first_result_elsewhere(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        forward = TransformersModel.forward
+
+        def elsewhere(self: TransformersModel, *args: Any, **options: Any) -> Any:
+            return forward(self, *args, **options).to("meta")
+
+        monkeypatch.setattr(TransformersModel, "forward", elsewhere)
+        with pytest.raises(DevicePlacementError, match=r"% of the first result .* on meta"):
+            load(folder)
 
     @pytest.mark.parametrize("device", ["cuda", "cuda:1", "metal", "gpu"])
     def test_a_device_that_torch_does_not_find_is_an_error(

@@ -9,9 +9,11 @@ from typing import Any, TypeVar
 from phirt.backends.base import BaseModel
 from phirt.backends.execution import OneThread
 from phirt.backends.mlx.decoder import Decoder
+from phirt.backends.mlx.memory import translate
+from phirt.backends.mlx.modules import import_model_module
 from phirt.backends.mlx.pool import MlxPool
 from phirt.backends.mlx.session import MlxSession
-from phirt.errors import DevicePlacementError
+from phirt.errors import DevicePlacementError, PhirtError
 from phirt.models.decoder_config import DecoderConfig
 from phirt.protocols import Capabilities, ModelInfo, Placement
 
@@ -64,7 +66,8 @@ class MlxTarget:
             device = self.mx.default_stream(self.mx.default_device()).device
         if device != self.device:
             raise DevicePlacementError(
-                f"Device {self.name!r} was asked for, but MLX computes on {device}."
+                f"Device {self.name!r} was asked for, which is {self.device}, but MLX computes "
+                f"100% of a graph on {device}: a stream runs whole graphs."
             )
         return Placement(device=self.name, provider=str(device))
 
@@ -98,6 +101,10 @@ class MlxModel(BaseModel):
         try:
             self.decoder: Decoder | None = execution.run(_on(target, build))
             self._placement = execution.run(target.placement)
+            if not target.is_host:
+                # A GPU may be named and still fail at the first kernel.
+                execution.run(_on(target, self._try_out))
+                self._placement = execution.run(target.placement)
         except BaseException:
             execution.close()
             raise
@@ -117,7 +124,10 @@ class MlxModel(BaseModel):
         )
 
     def placement(self) -> Placement:
-        """The device that MLX named on the model's thread, after the weights were there."""
+        """The device that MLX named on the model's thread, with the weights there.
+
+        Off the CPU, it was named again after a first result; MLX tells no array's device.
+        """
         return self._placement
 
     @property
@@ -141,6 +151,22 @@ class MlxModel(BaseModel):
 
     def _new_pool(self, *, slots: int, capacity: int, expected_length: int) -> MlxPool:
         return MlxPool(self, slots=slots, capacity=capacity, expected_length=expected_length)
+
+    def _try_out(self) -> None:
+        """Compute one token."""
+        caches = import_model_module("cache")
+        try:
+            logits = self.loaded_decoder.forward(
+                [0],
+                [caches.KVCache() for _ in range(self.config.num_layers)],
+                regime=None,
+                every_position=False,
+            )
+            self.target.mx.eval(logits)
+        except PhirtError:
+            raise
+        except Exception as error:
+            raise translate(error, "trying the model out on one token") from error
 
     def _unload(self) -> None:
         self.decoder = None

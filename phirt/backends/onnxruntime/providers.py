@@ -9,14 +9,13 @@ from __future__ import annotations
 import importlib.util
 import pkgutil
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from phirt.backends.onnx_nodes import is_heavy
+from phirt.backends.placement import place_nodes
 from phirt.devices.names import DeviceName
-from phirt.errors import BackendBrokenError, DeviceNotAvailableError, DevicePlacementError
+from phirt.errors import BackendBrokenError, DeviceNotAvailableError
 from phirt.protocols import Placement
 from phirt.silence import import_silently
 
@@ -202,21 +201,12 @@ def read_placement(inference: Any, provider: Provider, device: str) -> Placement
         DevicePlacementError: A node of the heavy kinds (products of matrices, attention) is
             not on the device, or onnxruntime does not say where any node is.
     """
-    nodes: Counter[str] = Counter()
-    strays: list[str] = []
-    for assignment in inference.get_provider_graph_assignment_info():
-        for node in assignment.get_nodes():
-            nodes[assignment.ep_name] += 1
-            if assignment.ep_name != provider.name and is_heavy(node.op_type):
-                strays.append(f"{node.op_type} {node.name!r}")
-    if strays or provider.name not in nodes:
-        found = ", ".join(f"{count} nodes on {name}" for name, count in nodes.items()) or "nothing"
-        stray = f"; off the device are {len(strays)}, such as {strays[0]}" if strays else ""
-        raise DevicePlacementError(
-            f"Device {device!r} was asked for, which is {provider.name}, but onnxruntime reports "
-            f"{found}{stray}. Use a graph made for this provider, or another device."
-        )
-    return Placement(device=device, provider=provider.name, nodes=dict(nodes))
+    nodes = [
+        (assignment.ep_name, node.op_type)
+        for assignment in inference.get_provider_graph_assignment_info()
+        for node in assignment.get_nodes()
+    ]
+    return place_nodes(nodes, device=device, provider=provider.name)
 
 
 def registered_devices(ort: Any, provider: Provider) -> list[Any] | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections import Counter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,7 +20,7 @@ from phirt.backends.distributions import check_single_owner
 from phirt.backends.execution import InTurn, Parallel
 from phirt.backends.importing import import_runtime, unavailable
 from phirt.backends.native_errors import first_line
-from phirt.backends.onnx_nodes import GraphNodes, is_heavy, read_nodes, supported_context
+from phirt.backends.onnx_nodes import GraphNodes, read_nodes, supported_context
 from phirt.backends.onnxruntime_genai.config import (
     PROVIDERS,
     Provider,
@@ -38,12 +37,12 @@ from phirt.backends.onnxruntime_genai.session import (
     Generators,
     translate,
 )
+from phirt.backends.placement import place_nodes
 from phirt.devices.names import DeviceName
 from phirt.errors import (
     BackendBrokenError,
     BackendNotInstalledError,
     DeviceNotAvailableError,
-    DevicePlacementError,
     ModelFormatError,
     UnsupportedModelError,
 )
@@ -229,20 +228,11 @@ def _try_out(
         except Exception as error:
             raise translate(error, f"running the model on '{device}'") from error
         kernels = _read_profile(Path(scratch))
-    nodes = Counter(provider for provider, _ in kernels)
-    strays = sorted(
-        {op for name, op in kernels if name != provider.execution_provider and is_heavy(op)}
-    )
-    if strays or (nodes and provider.execution_provider not in nodes):
-        found = ", ".join(f"{count} nodes on {name}" for name, count in nodes.items())
-        off = f", among them {' and '.join(strays)} off the device" if strays else ""
-        raise DevicePlacementError(
-            f"Device '{device}' was asked for, which is {provider.execution_provider}, but "
-            f"onnxruntime ran {found}{off}. Use a graph made for this provider, or another device."
-        )
-    placement = Placement(
-        device=str(device), provider=provider.execution_provider, nodes=dict(nodes)
-    )
+    # On the CPU, where there is no other place, a profile that cannot be read is no fault.
+    if not kernels and device.kind == "cpu":
+        placement = Placement(device=str(device), provider=provider.execution_provider)
+    else:
+        placement = place_nodes(kernels, device=str(device), provider=provider.execution_provider)
     return placement, _verify_lack(generators, generator)
 
 

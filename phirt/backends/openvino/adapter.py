@@ -226,15 +226,28 @@ def _compile(core: Any, model: Any, target: str, properties: Mapping[str, Any], 
 
 
 def _read_placement(compiled: Any, device: str, target: str) -> Placement:
+    """The devices that OpenVINO names: it compiles all of a graph for each of them.
+
+    Raises:
+        DevicePlacementError: One of them is not the device.
+    """
+    # While it compiles for another one, "AUTO" puts the CPU in parentheses.
     devices = [name.strip("()") for name in compiled.get_property("EXECUTION_DEVICES")]
     kind = target.partition(".")[0]
-    if kind != "AUTO" and any(name.partition(".")[0] != kind for name in devices):
+    if kind == "AUTO":
+        actual = "+".join(sorted({phirt_name(name) for name in devices}))
+        return Placement(device=actual, provider=", ".join(devices))
+    # "GPU" is any of them, "GPU.1" that one; the first may have no number.
+    same = {target, target.removesuffix(".0")}
+    strays = [name for name in devices if not same & {name, name.partition(".")[0]}]
+    if strays or not devices:
+        share = len(strays) / len(devices) if devices else 1.0
         raise DevicePlacementError(
-            f"Device {device!r} was asked for, and OpenVINO executes on {', '.join(devices)}."
+            f"Device {device!r} was asked for, which is {target}, but OpenVINO executes "
+            f"{share:.0%} of the graph elsewhere; it names {', '.join(devices) or 'no device'}. "
+            "Name the device that you want it on."
         )
-    names = {phirt_name(name) for name in devices}
-    actual = device if kind != "AUTO" else "+".join(sorted(names))
-    return Placement(device=actual, provider=", ".join(devices))
+    return Placement(device=device, provider=", ".join(devices))
 
 
 def _capabilities(graph: DecoderGraph) -> Capabilities:

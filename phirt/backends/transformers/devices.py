@@ -16,6 +16,7 @@ __all__ = [
     "check_device",
     "find_versions",
     "import_both",
+    "native_names",
     "offered_names",
     "parse_device",
 ]
@@ -88,6 +89,17 @@ def check_device(torch: Any, device: str) -> Any:
             'Install a torch built for that device, or pass device="cpu".'
         )
     return torch.device(kind) if index is None else torch.device(kind, index)
+
+
+def native_names(torch: Any, device: str) -> tuple[str, ...]:
+    """What torch may call the device of that name in phirt's words, where a tensor is on it."""
+    wanted = parse_device(device)
+    kind = _KINDS[wanted.kind]
+    if kind in ("cpu", "mps"):
+        return (kind, f"{kind}:0")
+    if wanted.index is not None:
+        return (f"{kind}:{wanted.index}",)
+    return tuple(f"{kind}:{index}" for index in range(_count(torch, kind)))
 
 
 def parse_device(device: str) -> DeviceName:

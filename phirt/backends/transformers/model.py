@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -14,10 +15,11 @@ import numpy as np
 from phirt.backends.base import BaseModel, BaseSession
 from phirt.backends.execution import InTurn
 from phirt.backends.native_errors import first_line
+from phirt.backends.placement import place_bytes
 from phirt.backends.transformers.cache import InterruptedRun, LayerShape, SessionCache
+from phirt.backends.transformers.devices import native_names
 from phirt.errors import (
     BackendRuntimeError,
-    DevicePlacementError,
     OutOfMemoryError,
     UnsupportedModelError,
 )
@@ -93,7 +95,9 @@ class TransformersModel(BaseModel):
         self.network = network
         self.threads = threads
         self.device = next(network.parameters()).device
-        self._placement = _read_placement(network, device)
+        self._names = native_names(torch, device)
+        weights = _bytes_by_device([*network.parameters(), *network.buffers()])
+        self._placement = place_bytes(weights, self._names, device=device, of="weights")
         self._accepted = _accepted_arguments(network)
         self.shapes, vocab_size = self._try_out()
         facts = folder.facts
@@ -114,7 +118,7 @@ class TransformersModel(BaseModel):
         )
 
     def placement(self) -> Placement:
-        """The device of the parameters; every one of them was looked at."""
+        """The device of the weights and of a first result; every tensor was looked at."""
         return self._placement
 
     def forward(
@@ -158,6 +162,9 @@ class TransformersModel(BaseModel):
                 f"{type(self.network).__name__} does not cache keys and values for each of its "
                 "layers, which phirt needs. Pass another model."
             )
+        held = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        results = _bytes_by_device([logits, *held])
+        place_bytes(results, self._names, device=self._placement.device, of="first result")
         return [LayerShape.of(layer) for layer in layers], logits.shape[-1]
 
     def _threads(self) -> AbstractContextManager[None]:
@@ -214,13 +221,11 @@ def _accepted_arguments(network: Any) -> frozenset[str]:
     return accepted
 
 
-def _read_placement(network: Any, device: str) -> Placement:
-    found = sorted({str(parameter.device) for parameter in network.parameters()})
-    if len(found) != 1:
-        raise DevicePlacementError(
-            f"Device {device!r} was asked for, but the weights are on {', '.join(found)}."
-        )
-    return Placement(device=device, provider=found[0])
+def _bytes_by_device(tensors: Iterable[Any]) -> Counter[str]:
+    sizes: Counter[str] = Counter()
+    for tensor in tensors:
+        sizes[str(tensor.device)] += tensor.numel() * tensor.element_size()
+    return sizes
 
 
 class TransformersSession(BaseSession):
