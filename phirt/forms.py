@@ -77,6 +77,8 @@ class Forms:
         self._found: dict[tuple[tuple[str, ...], str], list[PlannedArtifact]] = {}
         self._folders: dict[tuple[Path, str], ModelFolder] = {}
         self._labels: dict[Path, str] = {}
+        self._sources: dict[str, Path | None] = {}
+        self._artifacts: dict[str, PlannedArtifact | None] = {}
         self._checkpoint: Checkpoint | None = None
         self._automatic: str | None = None
 
@@ -270,7 +272,11 @@ class Forms:
         self, source: PypiSource, label: str, wanted: Wanted
     ) -> Iterator[PlannedArtifact]:
         source_id = f"sha256:{source.sha256}"
-        path = self._store.find_source(source.sha256, source.filename, size=source.size)
+        if source.sha256 not in self._sources:
+            self._sources[source.sha256] = self._store.find_source(
+                source.sha256, source.filename, size=source.size
+            )
+        path = self._sources[source.sha256]
         if path is not None:
             self._checkpoint = Checkpoint(path=path, name=label, source_id=source_id)
             yield from self._made_of(self._checkpoint, wanted)
@@ -317,6 +323,13 @@ class Forms:
         self, key: str, layout: str, *, label: str, devices: frozenset[str] = frozenset()
     ) -> PlannedArtifact | None:
         """An artifact of the store, by what its manifest says; it is checked when it is opened."""
+        if key not in self._artifacts:
+            self._artifacts[key] = self._describe(key, layout, label, devices)
+        return self._artifacts[key]
+
+    def _describe(
+        self, key: str, layout: str, label: str, devices: frozenset[str]
+    ) -> PlannedArtifact | None:
         path = self._store.root / "models" / key
         try:
             manifest = read_manifest(path) if path.is_dir() else None
