@@ -118,7 +118,7 @@ def _lines(devices: list[Device], *, width: int) -> Iterator[list[Segment]]:
     for device in devices:
         yield [(plain(device.name), "bold"), (_facts(device), "")]
         for row in device.backends:
-            yield from _row(row, width=width)
+            yield from _row(row, width=width, is_cpu=device.kind == "cpu")
         yield []
     if any(row.status == "broken" for device in devices for row in device.backends):
         yield from _paragraph(
@@ -135,8 +135,9 @@ def _facts(device: Device) -> str:
     return plain(f" ({', '.join(facts)})")
 
 
-def _row(row: DeviceBackend, *, width: int) -> Iterator[list[Segment]]:
-    native = row.native if row.native and row.native.lower() != row.device else None
+def _row(row: DeviceBackend, *, width: int, is_cpu: bool) -> Iterator[list[Segment]]:
+    # There is one CPU, whatever a runtime calls it.
+    native = None if is_cpu else row.native
     version = ", ".join(filter(None, (row.version, native)))
     yield [
         (f"  {row.status:<12}", _STYLES[row.status]),

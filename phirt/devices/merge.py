@@ -112,7 +112,6 @@ class _Grouping:
             _Group(kind=pci.kind, pci=pci, keys={("pci", pci.pci.lower())} if pci.pci else set())
             for pci in machine.pci
         ]
-        self._claimed: set[int] = set()
         offers = [
             (record, offer)
             for record in machine.backends
@@ -129,6 +128,8 @@ class _Grouping:
 
     def _add(self, group: _Group | None, record: BackendRecord, offer: Availability) -> None:
         if group is None:
+            if offer.status in ("no device", "missing"):
+                return  # nobody sees it, so that there is none
             group = _Group(kind=_kind(offer))
             self.groups.append(group)
         group.keys |= _keys(offer.hardware)
@@ -208,7 +209,7 @@ def _cpu(machine: Machine) -> Device:
     rows: list[DeviceBackend] = []
     for record in machine.backends:
         offers = [
-            offer_row(machine, record, offer)
+            offer_row(machine, record, offer, None)
             for offer in record.listing
             if DeviceName.parse(offer.device).kind in CPU_NAMES and offer.status != "missing"
         ]
@@ -228,6 +229,9 @@ def _device(machine: Machine, group: _Group) -> Device | None:
     rows = list(_rows(machine, group))
     if not rows:
         return None  # a display controller that nothing computes on
+    is_seen = group.pci is not None or group.hardware
+    if not is_seen and all(row.status == "no-device" for row in rows):
+        return None  # a name that turned out to be nobody's
     preferred = next(
         (row for status in ("ready", "unverified") for row in rows if row.status == status),
         rows[0],
@@ -238,10 +242,9 @@ def _device(machine: Machine, group: _Group) -> Device | None:
     sizes = [hardware.memory_bytes for hardware in known] + [pci.memory_bytes if pci else None]
     drivers = [hardware.driver for hardware in known] + [pci.driver if pci else None]
     label = _LABELS.get(DeviceName.parse(preferred.device).kind, preferred.device)
-    is_seen = pci is not None or any(known) or preferred.status in ("ready", "unverified")
     return Device(
         device=preferred.device,
-        name=next(filter(None, names), label if is_seen else f"{label}, not found"),
+        name=next(filter(None, names), label),
         kind=group.kind,
         memory_bytes=next(filter(None, sizes), None),
         driver=next(filter(None, drivers), None),
@@ -252,18 +255,17 @@ def _device(machine: Machine, group: _Group) -> Device | None:
 
 def _rows(machine: Machine, group: _Group) -> Iterator[DeviceBackend]:
     for record in machine.backends:
+        serving = find_serving(
+            record.backend, kind=group.kind, vendor=group.vendor, system=machine.system
+        )
         offers = [offer for known, offer in group.offers if known is record]
         numbered = {DeviceName.parse(offer.device).kind for offer in offers if ":" in offer.device}
         # "cuda" beside "cuda:0" is one name too many.
         rows = [
-            offer_row(machine, record, offer)
+            offer_row(machine, record, offer, serving)
             for offer in offers
             if ":" in offer.device or offer.device not in numbered
         ]
-        if not rows and not group.software and group.pci is not None:
-            serving = find_serving(
-                record.backend, kind=group.kind, vendor=group.vendor, system=machine.system
-            )
-            if serving is not None:
-                rows = backend_rows(machine, record, serving, kind=group.kind)
+        if not rows and serving is not None and group.pci is not None:
+            rows = backend_rows(machine, record, serving, kind=group.kind)
         yield from rows

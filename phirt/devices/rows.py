@@ -18,6 +18,11 @@ _RELEASE = (
     "Update its driver or the runtime: with another version it is tried again. "
     "`phirt devices --refresh` releases it as it is."
 )
+_OF_LISTING: dict[str, Status] = {
+    "missing": "missing",
+    "broken": "broken",
+    "no device": "no-device",
+}
 _OF_TRIAL: dict[str, Status] = {
     "ran": "ready",
     "no device": "no-device",
@@ -25,9 +30,20 @@ _OF_TRIAL: dict[str, Status] = {
 }
 
 
-def offer_row(machine: Machine, record: BackendRecord, offer: Availability) -> DeviceBackend:
-    """The row of a device that the backend lists."""
+def offer_row(
+    machine: Machine, record: BackendRecord, offer: Availability, serving: Serving | None
+) -> DeviceBackend:
+    """The row of a device that the backend lists.
+
+    Args:
+        machine: The record of the machine.
+        record: That of the backend.
+        offer: What it lists.
+        serving: Its way to the device, or None where phirt knows none.
+    """
     status, reason, fix = _judge(machine, record, offer)
+    if status == "no-device" and fix is None and serving is not None:
+        fix = serving.driver  # The system does see it.
     return DeviceBackend(
         backend=record.backend,
         device=offer.device,
@@ -90,16 +106,15 @@ def _fault(record: BackendRecord) -> _Judgement | None:
         return "broken", record.reason, record.fix
     if any(offer.status not in ("missing", "broken") for offer in record.listing):
         return None
-    for status in ("broken", "missing"):
-        for offer in record.listing:
-            if offer.status == status:
-                return offer.status, offer.reason, offer.fix
+    faults = sorted(record.listing, key=lambda offer: offer.status)  # "broken" before "missing"
+    for offer in faults:
+        return _OF_LISTING[offer.status], offer.reason, offer.fix
     return "no-device", "It lists no device.", None
 
 
 def _judge(machine: Machine, record: BackendRecord, offer: Availability) -> _Judgement:
-    if offer.status in ("missing", "broken"):
-        return offer.status, offer.reason, offer.fix
+    if offer.status in ("missing", "broken", "no device"):
+        return _OF_LISTING[offer.status], offer.reason, offer.fix
     entry = _quarantine(machine, record, offer)
     if entry is not None:
         driver = f" with driver {entry.driver}" if entry.driver else ""

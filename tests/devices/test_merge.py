@@ -302,12 +302,28 @@ class TestWhatNoRuntimeSees:
         machine = make_machine(missing("openvino"), pci=(ASPEED,))
         assert names(devices_of(machine)) == ["Test CPU"]
 
-    def test_a_provider_without_any_device_says_so(self):
+    @pytest.mark.parametrize("fix", [None, "Mend it."])
+    def test_a_runtime_that_says_that_it_finds_none_is_asked_first(self, fix):
+        found = Availability("gpu", "no device", "Its OpenCL driver is not there.", fix)
+        machine = make_machine(listed("openvino", offer("cpu"), found), pci=(INTEL,))
+        row = row_of(devices_of(machine)[1], "openvino")
+        assert (row.status, row.reason) == ("no-device", "Its OpenCL driver is not there.")
+        assert row.fix == fix or "intel-opencl-icd" in (row.fix or "")
+
+    def test_what_neither_the_system_nor_a_runtime_sees_is_no_device(self):
         trial = Trial(device="cuda", outcome="no device", reason="No CUDA device is found.")
-        machine = make_machine(listed("onnxruntime", offer("cpu"), offer("cuda"), trials=(trial,)))
+        machine = make_machine(
+            listed("onnxruntime", offer("cpu"), offer("cuda"), trials=(trial,)),
+            listed("openvino", offer("cpu"), Availability("npu", "no device", "None.")),
+        )
+        assert names(devices_of(machine)) == ["Test CPU"]
+
+    def test_a_provider_that_fails_is_shown_where_the_system_sees_nothing(self):
+        # A container, in which there is no /sys/bus/pci.
+        found = Availability("cuda", "broken", "libcudnn.so.9 is missing.")
+        machine = make_machine(listed("onnxruntime", offer("cpu"), found))
         _, gpu = devices_of(machine)
-        assert gpu.name == "CUDA GPU, not found"
-        assert row_of(gpu, "onnxruntime").status == "no-device"
+        assert (gpu.name, rows(gpu)) == ("CUDA GPU", [("onnxruntime", "cuda", "broken")])
 
 
 class TestOrder:
