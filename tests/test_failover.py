@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 
 import phirt
 from phirt.build.convert import convert
-from phirt.dispatch.plan import Plan
+from phirt.dispatch.plan import Plan, PlanCandidate, PlannedArtifact
 from phirt.dispatch.registry import get_backend
 from phirt.dispatch.select import Selection
 from phirt.errors import BackendError, BackendRuntimeError, SessionClosedError
@@ -55,8 +56,10 @@ class Candidates:
         ]
         self.delay = delay
         self.asked: list[tuple[str, str]] = []
+        self.plans: list[Plan] = []
 
     def __call__(self, failed: Selection, reason: str) -> Selection:
+        self.plans.append(failed.plan)
         self.asked.append((failed.backend, reason))
         time.sleep(self.delay)
         if not self.left:
@@ -207,6 +210,34 @@ class TestAModel:
         assert caught.value.__notes__ == ["Nothing takes over: no other candidate is left"]
         assert not first.closed
         assert len(model.generate([1, 2], max_new_tokens=3).token_ids) == 3
+
+    def test_nothing_is_fetched_in_the_middle_of_a_generation(self, make, folder, fake):
+        model, first, candidates = make(fake())
+        usable = PlanCandidate(
+            artifact=PlannedArtifact(format="onnx", precision="fp32", state="here"),
+            backend="first",
+            device="cpu",
+            status="usable",
+            reason="",
+        )
+        to_fetch = PlannedArtifact(format="onnx", precision="fp32", state="to fetch")
+        to_convert = PlannedArtifact(format="onnx", precision="fp32", state="to convert")
+        rows = (
+            replace(usable, status="chosen"),
+            replace(usable, backend="fetched", artifact=to_fetch),
+            replace(usable, backend="converted", artifact=to_convert),
+        )
+        model._standby._current = replace(
+            selection(first, folder), plan=replace(PLAN, candidates=rows)
+        )
+        model.generate([self.POISON, 1, 2], max_new_tokens=8)
+        (plan,) = candidates.plans
+        assert [(row.backend, row.status) for row in plan.candidates] == [
+            ("first", "chosen"),  # which load_next rejects
+            ("converted", "usable"),
+            ("fetched", "rejected"),
+        ]
+        assert "not fetched" in plan.candidates[-1].reason
 
     def test_a_closed_model_has_nothing_that_takes_over(self, make, fake):
         model, _, candidates = make(fake())

@@ -130,6 +130,8 @@ class Forward:
                 except Exception as error:
                     failures.append(error)
                     if not self._take_over(self._recover, failures, max_new_tokens):
+                        if self.is_cancelled():
+                            raise
                         # What came first is what is wrong; the rest is in its notes.
                         raise failures[0]  # noqa: B904 - its own cause stands
         finally:

@@ -261,6 +261,20 @@ class TestWhatCountsAsAFailure:
             loop.step()
         assert chain.asked == []
 
+    def test_a_cancellation_while_another_model_is_found(self):
+        class Slow(Chain):
+            def __call__(self, failed, error, *, tokens):
+                loop.cancel()
+                return super().__call__(failed, error, tokens=tokens)
+
+        after = model()
+        loop = Slow(FaultyModel(model(), 2), after).loop()
+        loop.step()
+        assert loop.step() is None
+        assert loop.finish_reason == "cancelled"
+        assert after.calls == []
+        assert after.sessions_open == 0
+
     def test_not_an_interruption_from_the_keyboard(self):
         def interrupted(ids):
             raise KeyboardInterrupt
