@@ -35,7 +35,8 @@ def no_candidate(plan: Plan, error_of: ErrorOf) -> Exception:
         error_of: The error behind a rejection.
     """
     # What was not asked for, or is not installed, is no reason beside those that came close.
-    rows = [row for row in plan.candidates if row.stage in _TRIED] or list(plan.candidates)
+    asked = [row for row in plan.candidates if row.stage != "request"]
+    rows = [row for row in asked if row.stage in _TRIED] or asked
     errors = [error for row in rows if (error := error_of(row)) is not None]
     if errors and len(errors) == len(rows) and len({str(error) for error in errors}) == 1:
         return errors[0]  # One candidate, or one fault that all of them found.

@@ -1,303 +1,400 @@
+"""A plan that is carried out: what is tried, what is recorded, what is raised."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from phirt.dispatch import candidates
-from phirt.dispatch.select import load_first
+from phirt.devices.machine import Trial
+from phirt.dispatch import quarantine, select
+from phirt.dispatch.canary import Verdict
+from phirt.dispatch.measurements import Setting
+from phirt.dispatch.plan import PlanRequest, Speed
+from phirt.dispatch.planner import make_plan
+from phirt.dispatch.select import PlanLoader
 from phirt.errors import (
     BackendBrokenError,
     BackendError,
     BackendNotInstalledError,
+    BackendRuntimeError,
     DeviceNotAvailableError,
+    DevicePlacementError,
     ModelFormatError,
     OutOfMemoryError,
-    UnknownBackendError,
     UnsupportedModelError,
 )
-from phirt.protocols import Accept, Availability, LoadOptions, Reject
+from phirt.protocols import LoadOptions
 from phirt.types import Artifact
-from tests.fakes import FakeModel
+from tests.dispatch.fake_backend import ONNX, FakeBackend, machine, record
+
+ANY = dict.fromkeys(("first", "second", "third"), ("onnx-genai",))
 
 
-def folder_of(layout):
-    """A model folder as `find_folder` returns it: only its artifact is looked at."""
+@pytest.fixture(autouse=True)
+def _a_machine_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("PHIRT_MACHINE_DIR", str(tmp_path / "machine"))
+
+
+@pytest.fixture(autouse=True)
+def _artifacts_of_these_tests_have_no_sizes(monkeypatch):
+    monkeypatch.setattr(select, "shape_of", lambda folder: None)
+    monkeypatch.setattr(select, "memory_need", lambda *_, **__: None)
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """What comes of comparing a loaded model's numbers, by device; passed where not said."""
+    verdicts: dict[str, Verdict] = {}
+    passed = Verdict(status="passed", kl=0.0, bound=0.02, reason="as it should be")
+
+    def check(loaded, folder, *, device, **_):
+        verdict = verdicts.get(device, passed)
+        if isinstance(verdict, Exception):
+            raise verdict
+        return verdict
+
+    monkeypatch.setattr(select, "check_loaded", check)
+    return verdicts
+
+
+@pytest.fixture
+def bench(monkeypatch, answers):
+    """Registers fake backends, in order, and gives what loads a model with them."""
+    return Bench(monkeypatch)
+
+
+class Bench:
+    def __init__(self, monkeypatch):
+        self.monkeypatch = monkeypatch
+        self.outcomes: dict[tuple[str, str], Trial] = {}
+        self.tried: list[tuple[str, str]] = []
+        self.refusals: dict[str, Exception] = {}
+
+    def register(self, **adapters):
+        self.adapters = adapters
+
+        def get(name):
+            if isinstance(adapters[name], Exception):
+                raise adapters[name]
+            return adapters[name]
+
+        self.monkeypatch.setattr(select, "get_backend", get)
+
+    def load(
+        self, device="auto", backend="auto", *, options=None, find=None, change=None, **fields
+    ):
+        records = [record(name, *each.devices) for name, each in self.adapters.items()]
+        here = machine(*records, **fields)
+        request = PlanRequest(model="a-model", device=device, backend=backend)
+        told = {name: str(error) for name, error in self.refusals.items()}
+        formats = {name: () if name in told else layouts for name, layouts in ANY.items()}
+        plan = make_plan(here, [ONNX], request, formats=formats, refusals=told)
+        loader = PlanLoader(
+            here,
+            find or folder_of,
+            options or LoadOptions(),
+            try_first=self.try_first,
+            refusals=self.refusals,
+        )
+        self.loader = loader
+        return loader.load(change(plan) if change else plan)
+
+    def try_first(self, backend, device):
+        self.tried.append((backend, device))
+        ran = Trial(device=device, outcome="ran", reason="it ran")
+        return self.outcomes.get((backend, device), ran)
+
+    def fails(self, backend, device, outcome, reason="something was seen", fix=None):
+        trial = Trial(device=device, outcome=outcome, reason=reason, fix=fix)
+        self.outcomes[backend, device] = trial
+
+
+def folder_of(candidate):
+    """A model folder as it is found: only its artifact is looked at."""
     artifact = Artifact(
         name="a-model",
         path=Path("somewhere"),
-        format=layout,
+        format=candidate.artifact.format,
         architecture="llama",
-        precision="fp32",
+        precision="int8",
         weights_id="x",
     )
     return SimpleNamespace(artifact=artifact)
 
 
-class FakeBackend:
-    name = "fake"
-
-    def __init__(self, *, devices=("cpu",), error=None, status="found", formats=("a", "b")):
-        self.formats = formats
-        self.probes = 0
-        self.status = status
-        self.devices = devices
-        self.error = error
-        self.model = FakeModel()
-        self.seen = []
-
-    def probe(self):
-        self.probes += 1
-        return [Availability(d, self.status, f"{d} is {self.status}") for d in self.devices]
-
-    def accepts(self, artifact, device):
-        return Accept() if device in self.devices else Reject(f"no {device} here", "Buy one.")
-
-    def load(self, artifact, device, options):
-        self.seen.append((artifact, device, options))
-        if self.error:
-            raise self.error
-        return self.model
+def row_of(selection, backend, device="cpu"):
+    rows = selection.plan.candidates
+    return next(row for row in rows if (row.backend, row.device) == (backend, device))
 
 
-@pytest.fixture
-def backends(monkeypatch):
-    """Registers fake backends, in order, in place of the real ones."""
+class TestAuto:
+    def test_it_takes_the_first_that_works(self, bench):
+        first, second = FakeBackend(), FakeBackend()
+        bench.register(first=first, second=second)
+        selection = bench.load()
+        assert (selection.backend, selection.device) == ("first", "cpu")
+        assert selection.loaded is first.model
+        assert selection.plan.chosen.backend == "first"
+        assert (second.seen, bench.tried) == ([], [("first", "cpu")])
 
-    def register(**adapters):
+    def test_what_fails_to_load_is_recorded_and_the_next_is_taken(self, bench):
+        bench.register(
+            first=FakeBackend(error=BackendNotInstalledError("not there")), second=FakeBackend()
+        )
+        selection = bench.load()
+        assert selection.backend == "second"
+        row = row_of(selection, "first")
+        assert (row.status, row.stage, row.reason) == ("rejected", "load", "not there")
+
+    def test_what_rejects_the_model_says_why_and_what_helps(self, bench):
+        bench.register(first=FakeBackend(rejects=True), second=FakeBackend())
+        row = row_of(bench.load(), "first")
+        assert (row.stage, row.reason) == ("model", "no onnx-genai on cpu here")
+        assert row.fix == "Buy one."
+
+    def test_what_cannot_have_the_model_is_passed_over(self, bench):
+        def find(candidate):
+            if candidate.backend == "first":
+                raise UnsupportedModelError("no such graph")
+            return folder_of(candidate)
+
+        bench.register(first=FakeBackend(), second=FakeBackend())
+        assert bench.load(find=find).backend == "second"
+
+    def test_a_plugin_that_does_not_import_is_passed_over(self, bench):
+        bench.register(first=FakeBackend(), second=FakeBackend())
+        bench.adapters["first"] = SimpleNamespace(devices=("cpu",))
+
         def get(name):
-            if name not in adapters:
-                raise UnknownBackendError(name)
-            adapters[name].name = name
-            return adapters[name]
+            if name == "first":
+                raise BackendBrokenError("The adapter of backend 'first' cannot be imported")
+            return bench.adapters[name]
 
-        monkeypatch.setattr(candidates, "automatic_names", lambda: list(adapters))
-        monkeypatch.setattr(candidates, "get_backend", get)
+        bench.monkeypatch.setattr(select, "get_backend", get)
+        assert row_of(bench.load(), "first").reason.endswith("cannot be imported")
 
-    return register
+    def test_those_passed_over_stand_behind_the_others_in_the_order_of_their_turns(self, bench):
+        error = BackendRuntimeError("no")
+        bench.register(
+            first=FakeBackend(error=error), second=FakeBackend(error=error), third=FakeBackend()
+        )
+        rows = bench.load().plan.candidates
+        assert [(row.backend, row.status) for row in rows] == [
+            ("third", "chosen"),
+            ("first", "rejected"),
+            ("second", "rejected"),
+        ]
 
+    def test_a_damaged_model_is_nobodys_fallback(self, bench):
+        second = FakeBackend()
+        bench.register(first=FakeBackend(error=ModelFormatError("damaged")), second=second)
+        with pytest.raises(ModelFormatError, match="damaged"):
+            bench.load()
+        assert second.seen == []
 
-def find_first(candidate):
-    return folder_of(candidate.backend.formats[0])
-
-
-def load(device="auto", backend="auto", find=find_first):
-    wanted = candidates.Candidates(device=device, backend=backend)
-    wanted.check()
-    return load_first(wanted, find, LoadOptions())
-
-
-class Picky(FakeBackend):
-    def accepts(self, artifact, device):
-        return Reject(f"no {artifact.format} on {device} here", "Buy one.")
-
-
-def test_auto_takes_the_first_that_accepts(backends):
-    first, second = FakeBackend(), FakeBackend()
-    backends(first=first, second=second)
-    selection = load()
-    assert (selection.backend, selection.device) == ("first", "cpu")
-    assert selection.loaded is first.model
-    assert selection.reasons == ()
-    assert second.seen == []
+    def test_what_failed_in_use_is_followed_by_the_next(self, bench):
+        bench.register(first=FakeBackend(), second=FakeBackend())
+        failed = bench.load()
+        after = bench.loader.load_next(failed, "it died")
+        assert after.backend == "second"
+        assert (row_of(after, "first").stage, row_of(after, "first").reason) == ("use", "it died")
 
 
-def test_auto_passes_over_what_fails_to_load_and_says_so(backends):
-    backends(broken=FakeBackend(error=BackendNotInstalledError("not there")), good=FakeBackend())
-    selection = load()
-    assert selection.backend == "good"
-    assert selection.reasons == ("broken on cpu: not there",)
+class TestTrial:
+    """Row L10: what crashes in a process of its own is never imported in this one."""
 
+    @pytest.mark.parametrize("outcome", ["raised", "crashed", "timed out", "wrong numbers"])
+    def test_what_fails_its_trial_is_not_loaded(self, bench, outcome):
+        first = FakeBackend()
+        bench.register(first=first, second=FakeBackend())
+        bench.fails("first", "cpu", outcome, "it died of SIGILL", "Update it.")
+        selection = bench.load()
+        assert (selection.backend, first.seen) == ("second", [])
+        row = row_of(selection, "first")
+        assert (row.stage, row.reason, row.fix) == ("device", "it died of SIGILL", "Update it.")
 
-def test_auto_says_why_a_backend_was_rejected(backends):
-    backends(picky=Picky(), good=FakeBackend())
-    (reason,) = load().reasons
-    assert "picky" in reason
-    assert "no a on cpu here" in reason
-    assert "Buy one." in reason
+    def test_where_no_process_can_be_started_it_is_used_and_noted(self, bench):
+        bench.register(first=FakeBackend())
+        bench.fails("first", "cpu", "not run", "Not tried: no process.")
+        (note,) = bench.load().plan.notes
+        assert note == "first on cpu: Not tried: no process."
 
+    def test_a_named_backend_is_used_without(self, bench):
+        bench.register(first=FakeBackend())
+        assert bench.load(backend="first").backend == "first"
+        assert bench.tried == []
 
-def test_auto_imports_no_more_runtimes_than_it_takes(backends):
-    second = FakeBackend()
-    backends(first=FakeBackend(), second=second)
-    load()
-    assert second.probes == 0
+    def test_a_device_that_phirt_chooses_is_tried_with_a_named_backend_too(self, bench):
+        bench.register(first=FakeBackend(devices=("cpu", "cuda")))
+        bench.fails("first", "cuda", "elsewhere", "it ran on the CPU")
+        assert bench.load(backend="first").device == "cpu"
+        assert bench.tried == [("first", "cuda")]
 
-
-def test_auto_goes_on_where_a_backend_cannot_have_the_model(backends):
-    def find(candidate):
-        if candidate.backend.formats == ("onnx",):
-            raise UnsupportedModelError("no such graph")
-        return folder_of(candidate.backend.formats[0])
-
-    backends(first=FakeBackend(formats=("onnx",)), second=FakeBackend(formats=("other",)))
-    selection = load(find=find)
-    assert selection.backend == "second"
-    assert selection.folder.artifact.format == "other"
-    assert selection.reasons == ("first on cpu: no such graph",)
-
-
-def test_auto_takes_the_cpu_even_of_a_backend_that_has_more(backends):
-    """Until a device can be proved to compute the right numbers, it is used by name."""
-    backends(first=FakeBackend(devices=("cuda", "cpu")))
-    assert load().device == "cpu"
-
-
-def test_a_backend_without_the_cpu_is_used_by_name_only(backends):
-    backends(gpu=FakeBackend(devices=("metal",)), cpu=FakeBackend())
-    assert load().backend == "cpu"
-    assert load(backend="gpu").device == "metal"
-
-
-def test_a_named_device_is_never_replaced(backends):
-    """Strict devices: no silent fall back to the CPU."""
-    backend = FakeBackend()
-    backends(only=backend)
-    with pytest.raises(DeviceNotAvailableError, match=r"'cuda:1'.*offers: cpu"):
-        load(device="cuda:1")
-    assert backend.seen == []
-
-
-def test_a_numbered_device_of_a_kind_that_a_probe_does_not_count(backends):
-    """onnxruntime's probe says "cuda": whether there is a second one shows at the load."""
-
-    class TakesAny(FakeBackend):
-        def accepts(self, artifact, device):
-            return Accept()
-
-    backends(only=TakesAny(devices=("cpu", "cuda")))
-    assert load(device="cuda:1").device == "cuda:1"
-
-
-@pytest.mark.parametrize(
-    ("device", "offered"), [("cpu:1", ("cpu",)), ("cuda:2", ("cuda", "cuda:0", "cuda:1"))]
-)
-def test_a_numbered_device_that_is_not_there(backends, device, offered):
-    backends(only=FakeBackend(devices=offered))
-    with pytest.raises(DeviceNotAvailableError, match=f"'{device}'.*offers: "):
-        check(device=device, backend="auto")
-
-
-def test_a_plugin_that_does_not_import_is_passed_over(backends, monkeypatch):
-    good = FakeBackend(devices=("cuda",))
-    backends(broken=FakeBackend(), good=good)
-    get = vars(candidates)["get_backend"]
-
-    def get_backend(name):
-        if name == "broken":
-            raise BackendBrokenError("The adapter of backend 'broken' cannot be imported")
-        return get(name)
-
-    monkeypatch.setattr(candidates, "get_backend", get_backend)
-    assert load(device="cuda").backend == "good"
-    with pytest.raises(DeviceNotAvailableError, match="offers: cuda"):
-        check(device="npu", backend="auto")
-    with pytest.raises(BackendBrokenError, match="cannot be imported"):
-        load(backend="broken")
-
-
-@pytest.mark.parametrize("backend", [None, 3, ["onnxruntime"]])
-def test_a_backend_that_is_no_name(backend):
-    with pytest.raises(TypeError, match="backend must be a string"):
-        load(backend=backend)
-
-
-def test_a_named_device_that_rejects_the_model(backends):
-    backends(only=Picky(devices=("cuda:0", "cuda:1")))
-    with pytest.raises(DeviceNotAvailableError, match=r"'cuda:1'.*no a on cuda:1 here.*Buy one"):
-        load(device="cuda:1")
-
-
-def test_a_named_backend_is_never_replaced(backends):
-    other = FakeBackend()
-    error = OutOfMemoryError("too big")
-    backends(other=other, named=FakeBackend(error=error))
-    with pytest.raises(OutOfMemoryError) as caught:
-        load(backend="named")
-    assert caught.value is error
-    assert other.seen == []
-
-
-def test_an_unknown_backend(backends):
-    backends(known=FakeBackend())
-    with pytest.raises(UnknownBackendError):
-        load(backend="unknown")
-
-
-def test_a_malformed_device(backends):
-    backends(known=FakeBackend())
-    with pytest.raises(ValueError, match="not a device name"):
-        load(device="cuda:")
-
-
-def test_all_fail_and_every_reason_is_told(backends):
-    backends(
-        first=FakeBackend(error=BackendNotInstalledError("first is missing")),
-        second=FakeBackend(error=BackendNotInstalledError("second is missing")),
-    )
-    with pytest.raises(BackendError, match=r"first is missing.*second is missing"):
-        load()
-
-
-def test_a_fault_that_all_find_is_told_once(backends):
-    def find(candidate):
-        raise UnsupportedModelError("a kind that nobody converts")
-
-    backends(first=FakeBackend(), second=FakeBackend())
-    with pytest.raises(UnsupportedModelError, match=r"^a kind that nobody converts$"):
-        load(find=find)
-
-
-def test_nobody_reads_this_model(backends):
-    backends(only=Picky())
-    with pytest.raises(UnsupportedModelError, match="no a on cpu here"):
-        load()
-
-
-def test_a_damaged_model_is_nobodys_fallback(backends):
-    second = FakeBackend()
-    backends(first=FakeBackend(error=ModelFormatError("damaged")), second=second)
-    with pytest.raises(ModelFormatError, match="damaged"):
-        load()
-    assert second.seen == []
-
-
-def check(device, backend):
-    candidates.Candidates(device=device, backend=backend).check()
-
-
-class TestBeforeAModelIsFetched:
-    def test_a_device_that_is_there(self, backends):
-        backends(missing=FakeBackend(status="missing"), good=FakeBackend())
-        check(device="auto", backend="auto")
-        check(device="cpu", backend="good")
-
-    def test_a_device_that_no_runtime_offers(self, backends):
-        backends(only=FakeBackend(devices=("cpu", "npu")))
-        with pytest.raises(DeviceNotAvailableError, match=r"'cuda'.*'only'.*offers: cpu, npu"):
-            check(device="cuda", backend="auto")
+    def test_the_one_that_was_named_is_tried_where_a_kind_is_not_counted(self, bench):
+        bench.register(first=FakeBackend(devices=("cpu", "cuda")))
+        assert bench.load(device="cuda:1").device == "cuda:1"
+        assert bench.tried == [("first", "cuda:1")]
 
     @pytest.mark.parametrize(
-        ("status", "error"),
-        [("missing", BackendNotInstalledError), ("broken", BackendBrokenError)],
+        ("outcome", "error"),
+        [
+            ("raised", DeviceNotAvailableError),
+            ("elsewhere", DevicePlacementError),
+            ("crashed", BackendRuntimeError),
+        ],
     )
-    def test_a_runtime_that_is_not_usable(self, backends, status, error):
-        backends(only=FakeBackend(status=status))
-        with pytest.raises(error, match=f"cpu is {status}"):
-            check(device="cpu", backend="auto")
+    def test_a_named_device_that_fails_it_is_not_replaced(self, bench, outcome, error):
+        bench.register(first=FakeBackend(devices=("cpu", "cuda")))
+        bench.fails("first", "cuda", outcome, "ran on the CPU", 'Pass device="cpu".')
+        with pytest.raises(error, match=r"'cuda'.*'first': ran on the CPU\. Pass device"):
+            bench.load(device="cuda")
 
-    def test_another_device_of_a_runtime_that_is_not_installed(self, backends):
-        """Its probe names the CPU; that it is missing is what the user has to know."""
-        backends(only=FakeBackend(status="missing"))
-        with pytest.raises(BackendNotInstalledError, match="cpu is missing"):
-            check(device="cuda", backend="only")
 
-    def test_a_device_is_looked_for_in_what_is_installed(self, backends):
-        gone = FakeBackend(status="missing", devices=("cpu", "npu"))
-        backends(gone=gone, here=FakeBackend())
-        with pytest.raises(DeviceNotAvailableError, match=r"'cuda'.*offers: cpu\."):
-            check(device="cuda", backend="auto")
+class TestAnswer:
+    WRONG = Verdict(status="failed", kl=3.0, bound=0.02, reason="KL 3.0, at most 0.02 passes")
 
-    def test_an_unknown_backend(self, backends):
-        backends(known=FakeBackend())
-        with pytest.raises(UnknownBackendError):
-            check(device="auto", backend="unknown")
+    def test_wrong_numbers_quarantine_the_device(self, bench, answers):
+        bench.register(first=FakeBackend(devices=("cuda", "cpu")))
+        answers["cuda"] = self.WRONG
+        selection = bench.load()
+        assert selection.device == "cpu"
+        assert row_of(selection, "first", "cuda").stage == "answer"
+        (entry,) = quarantine.entries()
+        assert (entry.backend, entry.device, entry.version) == ("first", "cuda", "first 1")
+
+    def test_a_quarantined_device_is_not_chosen_again(self, bench):
+        bench.register(first=FakeBackend(devices=("cuda", "cpu")))
+        entry = quarantine.add(
+            backend="first", device="cuda", version="first 1", driver=None, reason="KL 3.0"
+        )
+        selection = bench.load(quarantine=(entry,))
+        assert selection.device == "cpu"
+        assert "KL 3.0" in row_of(selection, "first", "cuda").reason
+
+    def test_a_named_device_is_used_all_the_same_and_the_log_warns(self, bench, answers, caplog):
+        bench.register(first=FakeBackend(devices=("cuda", "cpu")))
+        answers["cuda"] = self.WRONG
+        with caplog.at_level(logging.WARNING, logger="phirt"):
+            selection = bench.load(device="cuda")
+        assert selection.device == "cuda"
+        (note,) = selection.plan.notes
+        assert "wrong numbers" in note
+        assert note in caplog.text
+        assert quarantine.entries() == ()
+
+    def test_where_nothing_is_right_nothing_is_used(self, bench, answers):
+        bench.register(first=FakeBackend())
+        answers["cpu"] = self.WRONG
+        with pytest.raises(BackendRuntimeError, match=r"wrong numbers.*KL 3\.0.*Update its driver"):
+            bench.load()
+        assert bench.adapters["first"].model.closed
+
+    def test_what_nobody_can_compare_is_used_and_noted(self, bench, answers):
+        bench.register(first=FakeBackend(devices=("cuda",)))
+        answers["cuda"] = Verdict(status="unverified", kl=None, bound=None, reason="no canary")
+        assert bench.load().plan.notes == ("first on cuda is unverified: no canary",)
+
+    def test_a_runtime_that_fails_at_it_is_passed_over(self, bench, answers):
+        bench.register(first=FakeBackend(devices=("cuda", "cpu")))
+        answers["cuda"] = BackendRuntimeError("the driver failed")
+        assert row_of(bench.load(), "first", "cuda").reason == "the driver failed"
+
+
+class TestNamed:
+    def test_a_named_device_is_never_replaced(self, bench):
+        """Strict devices: no silent fall back to the CPU."""
+        first = FakeBackend(devices=("cpu",))
+        bench.register(first=first)
+        with pytest.raises(DeviceNotAvailableError, match=r"^Device 'cuda'.*it offers cpu"):
+            bench.load(device="cuda")
+        assert first.seen == []
+
+    def test_a_named_backend_is_never_replaced(self, bench):
+        error = OutOfMemoryError("too big")
+        other = FakeBackend()
+        bench.register(first=other, second=FakeBackend(error=error))
+        with pytest.raises(OutOfMemoryError) as caught:
+            bench.load(backend="second")
+        assert caught.value is error
+        assert other.seen == []
+
+    def test_a_named_device_that_rejects_the_model(self, bench):
+        bench.register(first=FakeBackend(devices=("cuda:0", "cuda:1"), rejects=True))
+        with pytest.raises(DeviceNotAvailableError, match=r"'cuda:1'.*no onnx-genai.*Buy one"):
+            bench.load(device="cuda:1")
+
+    def test_the_only_candidates_placement_error_is_raised_as_it_is(self, bench):
+        error = DevicePlacementError("3 of 4 nodes ran on the CPU")
+        bench.register(first=FakeBackend(devices=("cuda", "cpu"), error=error))
+        with pytest.raises(DevicePlacementError) as caught:
+            bench.load(device="cuda")
+        assert caught.value is error
+
+
+class TestNothingWorks:
+    def test_every_reason_is_told(self, bench):
+        bench.register(
+            first=FakeBackend(error=BackendNotInstalledError("first is missing")),
+            second=FakeBackend(error=BackendNotInstalledError("second is missing")),
+        )
+        with pytest.raises(BackendError, match=r"first is missing.*second is missing"):
+            bench.load()
+
+    def test_a_fault_that_all_find_is_told_once(self, bench):
+        def find(candidate):
+            raise UnsupportedModelError("a kind that nobody converts")
+
+        bench.register(first=FakeBackend(), second=FakeBackend())
+        with pytest.raises(UnsupportedModelError, match=r"^a kind that nobody converts$"):
+            bench.load(find=find)
+
+    def test_nobody_reads_this_model(self, bench):
+        bench.register(first=FakeBackend(rejects=True))
+        with pytest.raises(UnsupportedModelError, match="no onnx-genai on cpu here"):
+            bench.load()
+
+    def test_what_the_search_for_forms_said_is_raised(self, bench):
+        bench.register(first=FakeBackend())
+        bench.refusals["first"] = UnsupportedModelError("it is a checkpoint of another kind")
+        with pytest.raises(UnsupportedModelError, match=r"^it is a checkpoint of another kind$"):
+            bench.load()
+
+    def test_no_room_anywhere(self, bench):
+        bench.register(
+            first=FakeBackend(error=OutOfMemoryError("no room in one")),
+            second=FakeBackend(error=OutOfMemoryError("no room in two")),
+        )
+        with pytest.raises(OutOfMemoryError, match=r"no room in one.*no room in two"):
+            bench.load()
+
+
+class TestSettings:
+    SPEED = Speed(
+        prefill_tokens_per_s=100,
+        decode_tokens_per_s=10,
+        seconds=1,
+        setting=Setting(threads=3, spinning=True),
+        when="2026-11-22T03:00:00Z",
+    )
+
+    def load(self, bench, options):
+        def measured(plan):
+            first, *rest = plan.candidates
+            return replace(plan, candidates=(replace(first, speed=self.SPEED), *rest))
+
+        bench.register(first=FakeBackend())
+        bench.load(options=options, change=measured)
+        ((_, _, used),) = bench.adapters["first"].seen
+        return used
+
+    def test_what_was_measured_best_is_used(self, bench):
+        used = self.load(bench, LoadOptions())
+        assert (used.threads, used.spinning) == (3, True)
+
+    def test_what_the_user_said_goes_before(self, bench):
+        used = self.load(bench, LoadOptions(threads=1, spinning=False))
+        assert (used.threads, used.spinning) == (1, False)
