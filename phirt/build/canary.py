@@ -1,14 +1,18 @@
 """The canary of a conversion: computed in NumPy, from the weights before and after rounding.
 
 Both passes run side by side, so that each matrix is read once, and some rows of it at a time:
-a model far larger than the memory passes through.
+a model far larger than the memory passes through. All of it runs on a thread of its own while
+the artifact is written.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -34,14 +38,45 @@ from phirt.models.decoder_config import DecoderConfig
 from phirt.text.tokenizer import Tokenizer
 from phirt.types import FloatArray
 
-__all__ = ["Rounding", "compute_canary", "encode_canary", "rounding_of"]
+__all__ = ["Rounding", "canary_beside", "compute_canary", "encode_canary", "rounding_of"]
 
 Rounding: TypeAlias = Callable[[CheckpointTensor], FloatArray]
 """The values of a tensor, or of some rows of a matrix, as an artifact stores them."""
 
-_CHUNK = 1 << 18  # Elements of a matrix at once: small enough for a processor's cache.
+_CHUNK = 1 << 17  # Elements of a matrix at once: small enough for a processor's cache.
 
 _logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def canary_beside(
+    checkpoint: Checkpoint, tokenizer_path: Path, rounding: Rounding | None
+) -> Iterator[Callable[[], Canary | None]]:
+    """Compute the canary while the caller does something else.
+
+    Args:
+        checkpoint: The weights; it may be read from two threads.
+        tokenizer_path: The model's tokenizer.json.
+        rounding: What the artifact does to the weights, or None for nothing.
+
+    Yields:
+        A function that waits for the canary, and gives None where there can be none. What it
+        has not been called for when the block ends is given up.
+    """
+    stop = threading.Event()
+
+    def compute() -> Canary | None:
+        token_ids = encode_canary(tokenizer_path, checkpoint.config)
+        if token_ids is None:
+            return None
+        return compute_canary(checkpoint, token_ids, rounding, stop=stop)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="phirt-canary") as pool:
+        future = pool.submit(compute)
+        try:
+            yield future.result
+        finally:
+            stop.set()
 
 
 def encode_canary(tokenizer_path: Path, config: DecoderConfig) -> tuple[int, ...] | None:
@@ -84,7 +119,11 @@ def rounding_of(layout: str, precision: Precision) -> Rounding | None:
 
 
 def compute_canary(
-    checkpoint: Checkpoint, token_ids: Sequence[int], rounding: Rounding | None
+    checkpoint: Checkpoint,
+    token_ids: Sequence[int],
+    rounding: Rounding | None,
+    *,
+    stop: threading.Event | None = None,
 ) -> Canary | None:
     """Run the tokens through the weights, and through what an artifact keeps of them.
 
@@ -92,15 +131,18 @@ def compute_canary(
         checkpoint: The weights.
         token_ids: The canary's tokens.
         rounding: What the artifact does to them, or None for nothing.
+        stop: Set to give up.
 
     Returns:
         The canary; None where the model's own logits are not finite.
 
     Raises:
+        CancelledError: ``stop`` was set.
         ModelFormatError: A tensor is damaged.
         UnsupportedModelError: The precision cannot hold a tensor.
     """
-    decoder = Decoder(checkpoint.config, _StreamedWeights(checkpoint, rounding))
+    weights = _StreamedWeights(checkpoint, rounding, stop or threading.Event())
+    decoder = Decoder(checkpoint.config, weights)
     with np.errstate(over="ignore", invalid="ignore"):
         logits = decoder.logits(decoder.forward(token_ids)[:, -POSITIONS:])
     if not np.isfinite(logits[0]).all():
@@ -117,9 +159,12 @@ class _StreamedWeights:
     Everything has a first axis: the original weights, and the rounded ones, if any.
     """
 
-    def __init__(self, checkpoint: Checkpoint, rounding: Rounding | None) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, rounding: Rounding | None, stop: threading.Event
+    ) -> None:
         self._checkpoint = checkpoint
         self._rounding = rounding
+        self._stop = stop
 
     def embed(self, token_ids: Sequence[int]) -> FloatArray:
         table = self._checkpoint.tensor(EMBEDDING)
@@ -137,11 +182,15 @@ class _StreamedWeights:
         for start in range(0, rows, step):
             stop = min(start + step, rows)
             for each, weights in enumerate(self._values(matrix.rows(start, stop))):
-                np.matmul(x[each], weights.T, out=product[each, :, start:stop])
+                # Not a matrix product: NumPy's wakes threads for each, and waits for them, which
+                # on a busy machine takes twenty times as long as the arithmetic.
+                np.vecdot(x[each, :, None], weights, out=product[each, :, start:stop])
         return product
 
     def _values(self, tensor: CheckpointTensor) -> list[FloatArray]:
         """The tensor's values, and what rounding makes of them."""
+        if self._stop.is_set():
+            raise CancelledError
         decoded = _Decoded(tensor)
         values = [decoded.values]
         return values if self._rounding is None else [*values, self._rounding(decoded)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from phirt._version import __version__
-from phirt.build.canary import Rounding, compute_canary, encode_canary, rounding_of
+from phirt.build.canary import canary_beside, rounding_of
 from phirt.build.checkpoint import Checkpoint, CheckpointTensor
 from phirt.build.documents import genai_document, write_json
 from phirt.build.precision import LOSSLESS, Precision, check_precision
@@ -110,9 +110,14 @@ def convert(
         raise FileExistsError(f"The folder {out_dir} is not empty; an artifact needs its own.")
     with open_source(source, source_id=source_id) as opened:
         watched = _WatchedCheckpoint(opened.checkpoint, progress)
-        packages = _WRITERS[layout](opened, watched, out_dir, chosen)
         opened.write_text_files(out_dir)
-        _write_canary(opened.checkpoint, out_dir, rounding_of(layout, chosen))
+        rounding = rounding_of(layout, chosen)
+        tokenizer_path = out_dir / "tokenizer.json"
+        with canary_beside(opened.checkpoint, tokenizer_path, rounding) as wait_for_canary:
+            packages = _WRITERS[layout](opened, watched, out_dir, chosen)
+            canary = wait_for_canary()
+        if canary is not None:
+            write_canary(out_dir, canary)
         identity = f"{opened.source_id}:{layout}:{chosen}:{CONVERTER_VERSION}"
         derived = "sha256:" + hashlib.sha256(identity.encode()).hexdigest()
         write_manifest(
@@ -127,15 +132,6 @@ def convert(
                 **{package: version(package) for package in (*opened.packages, *packages)},
             },
         )
-
-
-def _write_canary(checkpoint: Checkpoint, out_dir: Path, rounding: Rounding | None) -> None:
-    token_ids = encode_canary(out_dir / "tokenizer.json", checkpoint.config)
-    if token_ids is None:
-        return
-    canary = compute_canary(checkpoint, token_ids, rounding)
-    if canary is not None:
-        write_canary(out_dir, canary)
 
 
 def _write_onnx(

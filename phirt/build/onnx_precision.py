@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeAlias
 
-import numpy as np
-
 from phirt.build.checkpoint import CheckpointTensor
 from phirt.build.precision import EMBEDDING, Precision, is_sensitive
 from phirt.build.quantize import QuantizedMatrix, quantize_int4, quantize_int8
-from phirt.build.repack import EXACT_ENCODINGS, FOUR_BIT_ENCODINGS, fold_offsets, repack
+from phirt.build.repack import EXACT_ENCODINGS, FOUR_BIT_ENCODINGS, folding_error, repack
 from phirt.errors import UnsupportedModelError
 from phirt.types import FloatArray
 
@@ -69,12 +67,14 @@ def rounded(tensor: CheckpointTensor, precision: Precision) -> FloatArray:
     stored = encode(tensor, precision)
     if not isinstance(stored, QuantizedMatrix):
         return stored
-    folded = None if stored.offsets is None else fold_offsets(stored)
-    if folded is None:
+    if stored.offsets is None:
         return stored.dequantize()
-    values, blocks = folded.dequantize(), stored.scales.shape[1]
-    offsets = values[:, stored.columns : stored.columns + blocks]
-    return values[:, : stored.columns] + np.repeat(offsets, stored.block_size, axis=1)
+    error = folding_error(stored)
+    values = tensor.float32()
+    if error is None:
+        return values
+    blocks = values.reshape(*error.shape, stored.block_size)
+    return (blocks + error[:, :, None]).reshape(values.shape)
 
 
 def _encode_exact(tensor: CheckpointTensor) -> StoredMatrix:

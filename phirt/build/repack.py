@@ -24,6 +24,7 @@ __all__ = [
     "FOUR_BIT_ENCODINGS",
     "GGML_BLOCK_SIZE",
     "fold_offsets",
+    "folding_error",
     "repack",
     "split_bytes",
 ]
@@ -142,15 +143,11 @@ def fold_offsets(matrix: QuantizedMatrix) -> QuantizedMatrix | None:
         The matrix, with as many columns more as ``matrix`` has blocks; or None where zero
         lies outside the range of a block, so that no zero point comes near its offset.
     """
-    if matrix.offsets is None:
-        raise ValueError("The matrix has no offsets to fold.")
     rows, blocks = matrix.scales.shape
-    zero = np.rint(8 - matrix.offsets * reciprocal(matrix.scales))
-    if zero.min() < 0 or zero.max() > 15:
+    parts = _split_offsets(matrix)
+    if parts is None:
         return None
-    left = matrix.offsets + matrix.scales * (zero - 8)
-    columns = -(-blocks // matrix.block_size) * matrix.block_size
-    left = np.pad(left, ((0, 0), (0, columns - blocks)))
+    zero, left = parts
     folded = quantize_symmetric_int4(left.reshape(rows, -1, matrix.block_size))
     zero_points = np.full((rows, blocks + folded.scales.shape[1]), 8, np.uint8)
     zero_points[:, :blocks] = zero
@@ -160,5 +157,36 @@ def fold_offsets(matrix: QuantizedMatrix) -> QuantizedMatrix | None:
         values=np.concatenate([matrix.values, folded.values], axis=1),
         scales=np.concatenate([matrix.scales, folded.scales], axis=1),
         zero_points=pack_nibbles(zero_points),
-        padding=columns - blocks,
+        padding=left.shape[1] - blocks,
     )
+
+
+def folding_error(matrix: QuantizedMatrix) -> FloatArray | None:
+    """What `fold_offsets` adds to every weight of a block, shape (rows, blocks).
+
+    Args:
+        matrix: As for `fold_offsets`.
+
+    Returns:
+        The error, or None where there is no folding.
+    """
+    rows, blocks = matrix.scales.shape
+    parts = _split_offsets(matrix)
+    if parts is None:
+        return None
+    left = parts[1]
+    folded = quantize_symmetric_int4(left.reshape(rows, -1, matrix.block_size))
+    return (folded.dequantize() - left)[:, :blocks]
+
+
+def _split_offsets(matrix: QuantizedMatrix) -> tuple[FloatArray, FloatArray] | None:
+    """Offsets as integer zero points and what these leave over, padded to whole blocks."""
+    if matrix.offsets is None:
+        raise ValueError("The matrix has no offsets to fold.")
+    zero = np.rint(8 - matrix.offsets * reciprocal(matrix.scales))
+    if zero.min() < 0 or zero.max() > 15:
+        return None
+    left = matrix.offsets + matrix.scales * (zero - 8)
+    blocks = left.shape[1]
+    columns = -(-blocks // matrix.block_size) * matrix.block_size
+    return zero, np.pad(left, ((0, 0), (0, columns - blocks)))

@@ -40,9 +40,8 @@ __all__ = [
 CANARY_NAME = "canary.json"
 
 CANARY_TEXT = (
-    "The canary sang in the mine while the water rose. In 1874 the keepers of the lighthouse "
-    "wrote down the weather every hour: wind from the north-west, rain before noon, and a calm "
-    "sea at night."
+    "Miners once took a canary into the coal mine with them, because the small bird would fall "
+    "silent before the bad air could harm the men who worked there."
 )
 """What the tokens of a canary are the beginning of."""
 
@@ -50,8 +49,7 @@ POSITIONS = 8
 """Positions at the end of the tokens whose probabilities are kept."""
 
 _TOP = 20
-_TOKENS = 24
-_FEWEST_TOKENS = 16
+_TOKENS = 16
 
 _FORMAT_VERSION = 1
 _MAX_FILE_BYTES = 1 << 16
@@ -67,7 +65,7 @@ class Canary:
     """Tokens, and how probable a model finds what may follow the last of them.
 
     Attributes:
-        token_ids: n ids; the model's own tokenizer made them of `CANARY_TEXT`.
+        token_ids: 16 ids; the model's own tokenizer made them of `CANARY_TEXT`.
         top_ids: The most probable tokens after each of the last 8, shape (8, k), k at most 20,
             the most probable first.
         log_probabilities: Their natural log-probabilities, shape (8, k), float32.
@@ -92,10 +90,10 @@ def choose_tokens(
         longest: Most tokens that the model takes, with LongRoPE its boundary.
 
     Returns:
-        At most 24 ids; None where fewer than 16 are possible, or one is beyond the vocabulary.
+        16 ids; None where there are fewer, or one is beyond the vocabulary.
     """
     chosen = tuple(encoded[: min(_TOKENS, longest)])
-    if len(chosen) < _FEWEST_TOKENS or max(chosen) >= vocab_size:
+    if len(chosen) < _TOKENS or max(chosen) >= vocab_size:
         return None
     return chosen
 
@@ -194,7 +192,7 @@ def read_canary(folder: Path, *, vocab_size: int | None = None) -> Canary | None
     largest = (vocab_size or _MAX_VOCAB) - 1
     token_ids = fields.integers("token_ids", minimum=0, maximum=largest)
     positions = fields.value("positions")
-    if not _FEWEST_TOKENS <= len(token_ids) <= _TOKENS:
+    if len(token_ids) != _TOKENS:
         raise ModelFormatError(f"{path}: {len(token_ids)} token ids; there must be {_TOKENS}.")
     if not isinstance(positions, list) or len(positions) != POSITIONS:
         raise ModelFormatError(f"{path}: the field 'positions' must be a list of {POSITIONS}.")

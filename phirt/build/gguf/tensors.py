@@ -39,7 +39,7 @@ ENCODINGS = tuple(_FLOAT_FIELDS)
 # or infinity.
 _EXPONENTS = {"<f4": ("<u4", 0x7F800000), "<f2": ("<u2", 0x7C00), "bfloat16": ("<u2", 0x7F80)}
 
-_CHUNK_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 16  # The values that they decode to fit in a processor's cache.
 
 
 def rotary_row_order(*, heads: int, head_size: int) -> NDArray[np.intp]:
@@ -112,7 +112,7 @@ class GgufTensor:
     def float32(self) -> FloatArray:
         """The decoded values, of shape `shape`.
 
-        Decodes a megabyte at a time, so that the peak is the result and little more.
+        Decodes a little at a time, so that the peak is the result and not much more.
 
         Raises:
             ModelFormatError: A scale or a weight is NaN or infinite, or the file has shrunk.
@@ -123,8 +123,9 @@ class GgufTensor:
         step = max(1, _CHUNK_BYTES // self._row_bytes)
         for start in range(first, stop, step):
             end = min(start + step, stop)
-            decoded = dequantize(self._read_rows(start, end), encoding)
-            values[start - first : end - first] = decoded
+            # As one long row: gguf decodes 16 rows at a time, however short they are.
+            decoded = dequantize(self._read_rows(start, end).reshape(1, -1), encoding)
+            values[start - first : end - first] = decoded.reshape(end - start, -1)
         if order is not None:
             values = values[order]
         return values.reshape(self.shape)
