@@ -27,6 +27,12 @@ __all__ = ["examine_records", "examine_store"]
 
 # Fetching and converting the default model takes 0.3 GB; a model of 4 billion parameters, 5 GB.
 _LEAST_FREE_BYTES = 2_000_000_000
+# A backend for which `phirt pull` converts to each layout.
+_BACKENDS = {
+    "onnx-genai": "onnxruntime",
+    "openvino": "openvino",
+    "safetensors": "transformers",
+}
 
 
 def examine_store(*, deep: bool, progress: ProgressCallback | None) -> Iterator[Finding]:
@@ -36,30 +42,34 @@ def examine_store(*, deep: bool, progress: ProgressCallback | None) -> Iterator[
         deep: Read and hash every file, where else its size and time are compared.
         progress: Told how far hashing has come.
     """
+    findings: list[Finding] = []
     try:
         store = Store()
-        yield from _examine_root(store.root)
-        findings = [*_examine_leftovers(store), *_examine_models(store, deep, progress)]
+        findings += _examine_root(store.root)
+        findings += _examine_leftovers(store)
+        findings += _examine_models(store, deep, progress)
+        models = store.installed()
     except (StoreError, OSError) as error:
-        yield Finding(
-            severity="broken",
-            area="store",
-            found=str(error),
-            why="No model can be fetched, converted or found.",
-            command=set_variable("PHIRT_HOME", quote(str(Path.home() / "phirt-models"))),
-        )
+        # What cannot be written may not be readable either, and is told once.
+        yield from findings or [_unusable(str(error))]
         return
     yield from findings
     if not findings:
-        models = store.installed()
-        size = sum(model.bytes for model in models)
+        size = _bytes(sum(model.bytes for model in models))
         how = "every file hashed" if deep else "sizes and times as installed"
         count = f"{len(models)} model{'s' * (len(models) != 1)}"
-        yield Finding(
-            severity="ok",
-            area="store",
-            found=f"{store.root}: {count}, {_bytes(size)}; {how}.",
-        )
+        found = f"{store.root}: {count}, {size}; {how}."
+        yield Finding(severity="ok", area="store", found=found)
+
+
+def _unusable(found: str) -> Finding:
+    return Finding(
+        severity="broken",
+        area="store",
+        found=found,
+        why="No model can be fetched or converted. Take another folder for them.",
+        command=set_variable("PHIRT_HOME", quote(str(Path.home() / "phirt-models"))),
+    )
 
 
 def _examine_root(root: Path) -> Iterator[Finding]:
@@ -71,13 +81,8 @@ def _examine_root(root: Path) -> Iterator[Finding]:
         with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
-        yield Finding(
-            severity="broken",
-            area="store",
-            found=f"The store at {root} cannot be written: {error.strerror or error}.",
-            why="Models can be used, and none can be fetched or converted.",
-            command=set_variable("PHIRT_HOME", quote(str(Path.home() / "phirt-models"))),
-        )
+        reason = error.strerror or error
+        yield _unusable(f"The store at {root} cannot be written: {reason}.")
         return
     free = shutil.disk_usage(nearest).free
     if free < _LEAST_FREE_BYTES:
@@ -153,24 +158,32 @@ def _describe(key: str, found: str, model: InstalledModel | None, store: Store) 
             found=found,
             why="It may be somebody else's folder. phirt neither uses nor removes it.",
         )
-    name = None if model is None else _name_to_pull(model)
+    command = None if model is None else _pull(model)
     return Finding(
         severity="broken",
         area="store",
         found=found,
-        why="Loading it is refused."
-        + (" Fetching it again replaces it." if name else " What it was made from is needed."),
-        command=f"phirt pull {name} --precision {model.precision}"
-        if name and model
-        else f"phirt rm {key}",
+        why=(
+            "Loading it is refused. Fetching it again replaces it."
+            if command
+            else "Loading it is refused. What it was made from is needed to make it again."
+        ),
+        command=command or f"phirt rm {key}",
     )
 
 
-def _name_to_pull(model: InstalledModel) -> str | None:
-    """The name by which a model can be fetched again, or None for one from the user's file."""
-    if isinstance(model.manifest.source.get("repository"), str):
-        return model.name
-    return model.name if model.name in {entry.name for entry in list_models()} else None
+def _pull(model: InstalledModel) -> str | None:
+    """The command that makes an artifact anew, or None for one from the user's own file."""
+    is_known = model.name in {entry.name for entry in list_models()}
+    if not is_known and not isinstance(model.manifest.source.get("repository"), str):
+        return None
+    command = f"phirt pull {quote(model.name)}"
+    if "converter" not in model.manifest.versions:
+        return command
+    # Its files may not tell its layout any more; its key does.
+    backends = [name for layout, name in _BACKENDS.items() if f"-{layout}-" in model.key]
+    backend = f" --backend {backends[0]}" if backends else ""
+    return f"{command} --precision {model.precision}{backend}"
 
 
 def examine_records() -> Iterator[Finding]:
