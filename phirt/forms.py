@@ -116,24 +116,32 @@ class Forms:
                 return found
         return [self._to_fetch(options[0], wanted)]
 
-    def shape(self, artifacts: Sequence[PlannedArtifact]) -> ModelShape | None:
+    def shape(
+        self, artifacts: Sequence[PlannedArtifact], *, thorough: bool = False
+    ) -> ModelShape | None:
         """The decoder's sizes, from the first of some forms that is here, or its checkpoint.
 
         None where nothing of the model is on this disk.
 
+        Args:
+            artifacts: The forms.
+            thorough: Whether to open the checkpoint where there is one: it also says how large
+                the forms are that are to be made of it, and takes tens of milliseconds.
+
         Raises:
             ModelError: The folder or the checkpoint is damaged.
+            BackendNotInstalledError: A package is missing that reading the checkpoint needs.
         """
         # Imported here: only a plan that predicts memory needs it.
         from phirt.dispatch.shape import shape_of, shape_of_config
 
-        for artifact in artifacts:
-            folder = self._open(artifact) if artifact.state == "here" else None
-            if folder is not None:
-                return shape_of(folder)
+        folders = (self._open(each) for each in artifacts if each.state == "here")
+        folder = next(filter(None, folders), None)
+        if folder is not None and not thorough:
+            return shape_of(folder)
         checkpoint = self._checkpoint
         if checkpoint is None:
-            return None
+            return None if folder is None else shape_of(folder)
         with needed_packages(checkpoint.path, "safetensors"):
             from phirt.build.sources import open_source
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phirt.conversion import check_precision_name
+from phirt.devices.hardware import hardware_id
 from phirt.devices.machine import Machine
 from phirt.devices.names import DeviceName
 from phirt.dispatch.candidates import machine_for
-from phirt.dispatch.measurements import Optimize
+from phirt.dispatch.measurements import Measurements, Optimize
 from phirt.dispatch.plan import DEFAULT_CONTEXT, Plan, PlannedArtifact, PlanRequest
 from phirt.dispatch.planner import OFFERED, Accepts, make_plan
 from phirt.dispatch.registry import formats_of, get_backend
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from phirt.dispatch.shape import ModelShape
 
-__all__ = ["Prepared", "check_settings", "name_of", "plan", "prepare"]
+__all__ = ["Prepared", "check_settings", "name_of", "plan", "plan_on", "prepare"]
 
 _OPTIMIZE = ("latency", "prefill", "throughput")
 _MAX_CONTEXT = 1 << 31
@@ -64,12 +65,48 @@ def plan(
         TypeError: An argument is of a wrong type.
         ValueError: A name is malformed, or a setting out of range.
     """
+    return plan_on(
+        None,
+        model,
+        device=device,
+        backend=backend,
+        precision=precision,
+        context=context,
+        optimize=optimize,
+        offline=offline,
+    ).plan
+
+
+def plan_on(
+    machine: Machine | None,
+    model: str | Path | None,
+    *,
+    device: str,
+    backend: str,
+    precision: str,
+    context: int | None,
+    optimize: Optimize,
+    offline: bool,
+) -> Prepared:
+    """`plan`, on this machine or on that of a record, and what it was made of.
+
+    Args:
+        machine: The record, or None for this machine.
+        model: As for `plan`, and so are the others.
+        device: A device name.
+        backend: A backend name.
+        precision: A precision.
+        context: Tokens.
+        optimize: A workload.
+        offline: Never touch the network.
+    """
     check_settings(model, precision=precision, context=context, optimize=optimize)
     if backend != "auto":
         get_backend(backend)  # which says what there is
+    DeviceName.parse(device)
     return prepare(
         model,
-        machine=machine_for("auto"),
+        machine=machine or machine_for("auto"),
         request=PlanRequest(
             model=name_of(model),
             device=device,
@@ -80,8 +117,9 @@ def plan(
         context=context,
         offline=offline,
         progress=None,
-        ask_adapters=True,
-    ).plan
+        # The runtimes of another machine are not here to be asked.
+        ask_adapters=machine is None,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,13 +167,14 @@ def prepare(
     """
     forms = Forms(model, precision=request.precision, offline=offline, progress=progress)
     artifacts, refusals = _forms_for(machine, forms, request)
-    shape = forms.shape(artifacts)
+    shape = forms.shape(artifacts, thorough=ask_adapters)
     planned = make_plan(
         machine,
         artifacts,
         _with_context(request, context, shape),
         refusals={name: str(error) for name, error in refusals.items()},
         shape=shape,
+        measurements=Measurements().find(hardware_id(machine)),
         accepts=_adapters_of(request.model) if ask_adapters else None,
     )
     return Prepared(plan=planned, machine=machine, forms=forms, refusals=refusals)

@@ -20,6 +20,7 @@ from phirt.cli.devices import print_devices
 from phirt.cli.doctor import doctor
 from phirt.cli.gc import collect
 from phirt.cli.list import print_list
+from phirt.cli.plan import print_plan
 from phirt.cli.pull import pull
 from phirt.cli.rm import remove
 from phirt.cli.run import run
@@ -35,6 +36,7 @@ _FAILED, _WRONG_USAGE, _INTERRUPTED, _NO_READER = 1, 2, 130, 141
 # What each does; its value is the exit status, None for 0.
 _COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
     "run": run,
+    "plan": print_plan,
     "pull": pull,
     "list": print_list,
     "show": show,

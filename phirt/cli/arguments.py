@@ -9,6 +9,7 @@ from typing import NoReturn
 from phirt._version import __version__
 from phirt.cli.device_arguments import add_devices
 from phirt.cli.doctor_arguments import add_doctor
+from phirt.cli.plan_arguments import add_plan
 from phirt.cli.store_arguments import add_store_commands, add_target
 
 __all__ = ["UsageError", "parse"]
@@ -42,6 +43,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     _add_run(commands)
     add_store_commands(commands)
     add_devices(commands)
+    add_plan(commands)
     add_doctor(commands)
     return parser.parse_args(argv)
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from phirt.cli.arguments import UsageError
+from phirt.cli.lines import Line, paragraph, print_lines
 from phirt.cli.selection import print_json
 from phirt.cli.terminal import is_terminal, plain
 
@@ -20,12 +20,8 @@ if TYPE_CHECKING:
     from phirt.devices.device import Device, DeviceBackend, Status
     from phirt.devices.machine import Machine
 
-__all__ = ["print_devices"]
+__all__ = ["print_devices", "read_machine"]
 
-Segment: TypeAlias = tuple[str, str]
-"""A piece of a line, and rich's name for how it looks."""
-
-_NARROWEST, _WIDEST = 60, 100
 _KINDS = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
 _STYLES: dict[Status, str] = {
     "ready": "green",
@@ -47,7 +43,7 @@ def print_devices(arguments: argparse.Namespace) -> None:
     elif arguments.refresh:
         raise UsageError("--refresh asks this machine, and --machine reads the record of another")
     else:
-        machine = _read_machine(arguments.machine)
+        machine = read_machine(arguments.machine)
     if arguments.raw:
         from phirt.devices.record_json import to_json
 
@@ -59,7 +55,7 @@ def print_devices(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print_json([_as_json(device) for device in devices])
     else:
-        _print(devices)
+        print_lines(lambda width: _lines(devices, width=width))
 
 
 def _survey(*, refresh: bool, trials: bool) -> Machine:
@@ -85,7 +81,12 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(escape(plain(text[:1].upper() + text[1:])))
 
 
-def _read_machine(name: str) -> Machine:
+def read_machine(name: str) -> Machine:
+    """The record of a machine in a file, as ``phirt devices --raw`` prints it.
+
+    Raises:
+        UsageError: It is none.
+    """
     from phirt.devices.record_json import machine_from_json
 
     try:
@@ -100,28 +101,14 @@ def _as_json(device: Device) -> dict[str, Any]:
     return fields | {"backends": fields.pop("backends")}
 
 
-def _print(devices: list[Device]) -> None:
-    if not is_terminal(sys.stdout):
-        for line in _lines(devices, width=80):
-            print("".join(text for text, _ in line).rstrip())
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False)
-    width = min(max(console.width, _NARROWEST), _WIDEST)
-    for line in _lines(devices, width=width):
-        console.print(Text.assemble(*line), soft_wrap=True)
-
-
-def _lines(devices: list[Device], *, width: int) -> Iterator[list[Segment]]:
+def _lines(devices: list[Device], *, width: int) -> Iterator[Line]:
     for device in devices:
         yield [(plain(device.name), "bold"), (_facts(device), "")]
         for row in device.backends:
             yield from _row(row, width=width, is_cpu=device.kind == "cpu")
         yield []
     if any(row.status == "broken" for device in devices for row in device.backends):
-        yield from _paragraph(
+        yield from paragraph(
             "What is broken is remembered: `phirt devices --refresh` asks again.", width=width
         )
 
@@ -135,7 +122,7 @@ def _facts(device: Device) -> str:
     return plain(f" ({', '.join(facts)})")
 
 
-def _row(row: DeviceBackend, *, width: int, is_cpu: bool) -> Iterator[list[Segment]]:
+def _row(row: DeviceBackend, *, width: int, is_cpu: bool) -> Iterator[Line]:
     # There is one CPU, whatever a runtime calls it.
     native = None if is_cpu else row.native
     version = ", ".join(filter(None, (row.version, native)))
@@ -144,22 +131,6 @@ def _row(row: DeviceBackend, *, width: int, is_cpu: bool) -> Iterator[list[Segme
         (plain(f"{row.backend:<18} {row.device:<13} {version}").rstrip(), ""),
     ]
     if row.status != "ready":
-        yield from _paragraph(row.reason, width=width, indent=14)
+        yield from paragraph(row.reason, width=width, indent=14)
     if row.fix:
-        yield from _paragraph(row.fix, width=width, indent=14, style="cyan")
-
-
-def _paragraph(
-    text: str, *, width: int, indent: int = 0, style: str = ""
-) -> Iterator[list[Segment]]:
-    margin = " " * indent
-    for line in textwrap.wrap(
-        plain(text),
-        width,
-        initial_indent=margin,
-        subsequent_indent=margin,
-        # A command or a path is copied whole.
-        break_long_words=False,
-        break_on_hyphens=False,
-    ):
-        yield [(line, style)]
+        yield from paragraph(row.fix, width=width, indent=14, style="cyan")

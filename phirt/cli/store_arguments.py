@@ -7,7 +7,7 @@ from typing import Any
 
 from phirt.locate import PRECISIONS
 
-__all__ = ["add_store_commands", "add_target"]
+__all__ = ["add_choice", "add_store_commands", "add_target"]
 
 
 def add_store_commands(commands: argparse._SubParsersAction[Any]) -> None:
@@ -34,6 +34,14 @@ def add_store_commands(commands: argparse._SubParsersAction[Any]) -> None:
 
 def add_target(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
     """Add the options that say what a model is to run on, and with which network."""
+    add_choice(parser)
+    parser.add_argument(
+        "--yes", action="store_true", help="download more than 5 GB without being asked"
+    )
+
+
+def add_choice(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """Add the options that choose what a model runs on."""
     parser.add_argument("--device", default="auto", help="such as cpu (default: auto)")
     parser.add_argument("--backend", default="auto", help="such as onnxruntime (default: auto)")
     parser.add_argument(
@@ -42,9 +50,6 @@ def add_target(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> Non
         help=f"what a checkpoint is converted to: {', '.join(PRECISIONS)} (default: auto)",
     )
     parser.add_argument("--offline", action="store_true", help="use no network at all")
-    parser.add_argument(
-        "--yes", action="store_true", help="download more than 5 GB without being asked"
-    )
 
 
 def _add_pull(commands: argparse._SubParsersAction[Any]) -> None:

@@ -59,7 +59,7 @@ def _free(machine: Machine, offer: Availability) -> int | None:
     host's, and its runtime may say how much of that it can have.
     """
     hardware, host = offer.hardware, machine.memory.free
-    if tier_of(offer) is not Tier.GPU:
+    if tier_of(offer, machine) is not Tier.GPU:
         return host
     if hardware is None or hardware.memory_bytes is None:
         return None

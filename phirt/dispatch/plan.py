@@ -219,6 +219,18 @@ class Plan:
         before = sum(1 for _ in takewhile(lambda each: each.artifact is not None, out))
         return replace(self, candidates=(*usable, *out[:before], rejected, *out[before:]))
 
+    def without_device(self, candidate: PlanCandidate) -> Plan:
+        """The plan less all that a backend would do on the device of a rejected candidate."""
+        same = (candidate.backend, candidate.device)
+        left = [
+            each
+            for each in self.candidates
+            if each.status == "rejected" or (each.backend, each.device) != same
+        ]
+        if left and left[0].status == "usable":
+            left[0] = replace(left[0], status="chosen")
+        return replace(self, candidates=tuple(left))
+
     def with_artifact(self, artifact: PlannedArtifact) -> Plan:
         """The plan with the chosen candidate's artifact as it was made or fetched."""
         return replace(

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from phirt.devices.machine import BackendRecord, Machine
 from phirt.devices.names import DeviceName
 from phirt.dispatch.fit import check_fit
-from phirt.dispatch.measurements import Measurement
+from phirt.dispatch.measurements import Measurement, fastest, predict_seconds
 from phirt.dispatch.needs import memory_need
 from phirt.dispatch.plan import (
     MemoryNeed,
@@ -18,6 +18,7 @@ from phirt.dispatch.plan import (
     PlanCandidate,
     PlannedArtifact,
     PlanRequest,
+    Speed,
     Stage,
 )
 from phirt.dispatch.quarantine import in_force
@@ -142,10 +143,21 @@ class _Judge:
             yield _out("runtime", name, self._any_device, record.reason, record.fix)
             return
         for offer in record.listing:
-            if offer not in offered:
+            if offer in offered:
+                continue
+            if offer.status == "no device" and not self._is_meant(offer):
+                yield _out("request", name, offer.device, self._another_device)
+            else:
                 yield _out("runtime", name, offer.device, offer.reason, offer.fix)
         if offered:
             yield from self._among(record, offered)
+
+    def _is_meant(self, offer: Availability) -> bool:
+        return self.device.kind == "auto" or self.device.is_one_of([offer.device])
+
+    @property
+    def _another_device(self) -> str:
+        return f"device {self.request.device!r} was asked for"
 
     @property
     def _any_device(self) -> str:
@@ -163,10 +175,10 @@ class _Judge:
         for offer in offered:
             if offer is match:
                 yield from self._on(record, offer, device=str(self.device))
-            elif not self.device.is_one_of([offer.device]):
-                reason = f"device {self.request.device!r} was asked for"
-                yield _out("request", record.backend, offer.device, reason)
-        if match is None:
+            elif not self._is_meant(offer):
+                yield _out("request", record.backend, offer.device, self._another_device)
+        # Where the runtime looked for it, its own words are there already.
+        if match is None and not any(map(self._is_meant, record.listing)):
             names = ", ".join(dict.fromkeys(offer.device for offer in offered))
             yield _out(
                 "runtime",
@@ -181,7 +193,7 @@ class _Judge:
     ) -> Iterator[Way | PlanCandidate]:
         """The rows of one device, one an artifact."""
         name, device = record.backend, device or offer.device
-        tier, doubt = tier_of(offer), ""
+        tier, doubt = tier_of(offer, self.machine), ""
         if tier is Tier.BY_NAME and self.device.kind == "auto" and self.request.backend == "auto":
             reason = "it is used by name only: there the runtime chooses"
             yield _out("request", name, device, reason)
@@ -205,6 +217,7 @@ class _Judge:
                 status="usable",
                 reason="",
                 memory=self._memory(artifact, name, offer),
+                speed=self._speed(artifact, record, offer),
             )
             rejected = self._objection(candidate)
             yield rejected or Way(
@@ -269,6 +282,28 @@ class _Judge:
             offer=offer,
             machine=self.machine,
             context=self.request.context,
+        )
+
+    def _speed(
+        self, artifact: PlannedArtifact, record: BackendRecord, offer: Availability
+    ) -> Speed | None:
+        optimize = self.request.optimize
+        best = artifact.id and fastest(
+            self.measurements,
+            artifact=artifact.id,
+            backend=record.backend,
+            device=offer.device,
+            version=offer.version or record.version,
+            optimize=optimize,
+        )
+        if not best:
+            return None
+        return Speed(
+            prefill_tokens_per_s=best.points[-1].tokens / best.points[-1].prefill_s,
+            decode_tokens_per_s=1 / best.points[0].decode_s,
+            seconds=predict_seconds(best, optimize),
+            setting=best.setting,
+            when=best.when,
         )
 
     def _fault(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
+from phirt.devices.machine import Machine
 from phirt.devices.names import DeviceName
 from phirt.dispatch.measurements import Optimize
 from phirt.dispatch.plan import PlanCandidate, PlannedArtifact
@@ -46,22 +47,26 @@ class Tier(IntEnum):
     INTEGRATED = 3
     NPU = 4
     OTHER = 5
-    BY_NAME = 6
+    UNSEEN = 6
+    BY_NAME = 7
 
 
-# Of the kinds that say it all. `cuda` and `metal` are the best that their machines have, whoever
-# owns the memory; `webgpu` and `coreml` may be anything; a runtime that chooses for itself
-# ("openvino-auto") is not chosen for a user who has not said so.
-_TIERS = {
+# What is there wherever its runtime is. A runtime that chooses for itself ("openvino-auto") is
+# not chosen for a user who has not said so.
+_SURE = {
     "cpu": Tier.CPU,
+    "metal": Tier.GPU,
+    "openvino-cpu": Tier.OTHER,
+    "openvino-auto": Tier.BY_NAME,
+}
+# Of the kinds that say it all: `cuda` is the best that its machine has, whoever owns the memory;
+# `webgpu` and `coreml` may be anything.
+_TIERS = {
     "cuda": Tier.GPU,
     "tensorrt-rtx": Tier.GPU,
-    "metal": Tier.GPU,
     "npu": Tier.NPU,
     "webgpu": Tier.OTHER,
     "coreml": Tier.OTHER,
-    "openvino-cpu": Tier.OTHER,
-    "openvino-auto": Tier.BY_NAME,
 }
 
 _NOTES = {
@@ -70,6 +75,7 @@ _NOTES = {
     Tier.INTEGRATED: "a GPU without memory of its own comes after the CPU until it is measured",
     Tier.NPU: "an NPU comes after the CPU until it is measured",
     Tier.OTHER: "it comes after the CPU until it is measured",
+    Tier.UNSEEN: "neither the system nor the runtime has said that there is one",
 }
 
 
@@ -90,10 +96,11 @@ class Way:
     doubt: str = ""
 
 
-def tier_of(offer: Availability) -> Tier:
+def tier_of(offer: Availability, machine: Machine) -> Tier:
     """What a device is, as its runtime tells.
 
-    A GPU of which nobody tells whether it has memory of its own counts as one that has where
+    A name that a runtime has for what neither it nor the system sees is no GPU or NPU yet. A
+    GPU of which nobody tells whether it has memory of its own counts as one that has where
     its kind or its vendor leaves no doubt (``cuda``, ``metal``, NVIDIA), else as one that
     has not.
     """
@@ -101,6 +108,11 @@ def tier_of(offer: Availability) -> Tier:
     hardware = offer.hardware
     if hardware is not None and hardware.software:
         return Tier.OTHER
+    if kind in _SURE:
+        return _SURE[kind]
+    wanted = "npu" if kind == "npu" else "gpu"
+    if hardware is None and not any(device.kind == wanted for device in machine.pci):
+        return Tier.UNSEEN
     if kind in _TIERS:
         return _TIERS[kind]
     if hardware is None:

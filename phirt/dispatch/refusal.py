@@ -40,7 +40,7 @@ def no_candidate(plan: Plan, error_of: ErrorOf) -> Exception:
     errors = [error for row in rows if (error := error_of(row)) is not None]
     if errors and len(errors) == len(rows) and len({str(error) for error in errors}) == 1:
         return errors[0]  # One candidate, or one fault that all of them found.
-    reasons = " ".join(map(_sentence, rows))
+    reasons = " ".join(dict.fromkeys(map(_sentence, rows)))
     if errors and all(isinstance(error, OutOfMemoryError) for error in errors):
         return OutOfMemoryError(f"No backend has room for the model. {reasons}")
     if any(isinstance(error, BackendError | DeviceError) for error in errors):

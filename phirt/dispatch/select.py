@@ -125,6 +125,8 @@ class PlanLoader:
                     self._errors[row] = rejection.error
                 _logger.info("Passed over: %s: %s", candidate.described, rejection.reason)
                 plan = plan.without(candidate, row)
+                if rejection.stage == "device":  # whatever form the model has there
+                    plan = plan.without_device(candidate)
                 continue
             for each in filter(None, (note, doubt)):
                 plan = plan.with_note(each)
@@ -150,7 +152,9 @@ class PlanLoader:
     def _try(self, candidate: PlanCandidate, *, is_named: bool, plan: Plan) -> str:
         """See to it that the candidate was tried; what else there is to say of that."""
         offer = listed_as(self._machine, candidate.backend, candidate.device)
-        is_users = plan.backend != "auto" and (is_named or tier_of(offer) is Tier.CPU)
+        is_users = plan.backend != "auto" and (
+            is_named or tier_of(offer, self._machine) is Tier.CPU
+        )
         record = self._machine.backend(candidate.backend)
         known = None if record is None else record.trial(offer.device)
         if is_users or known is not None:

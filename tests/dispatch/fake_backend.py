@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from phirt.devices.machine import BackendRecord, Cpu, Machine, Memory
+from phirt.devices.machine import BackendRecord, Cpu, Machine, Memory, PciDevice
 from phirt.dispatch.plan import PlannedArtifact
 from phirt.protocols import Accept, LoadOptions, Reject
 from phirt.types import Artifact, Availability, Hardware
@@ -74,7 +74,8 @@ def record(name: str, *offers: str | Availability, **fields: Any) -> BackendReco
 
 
 def machine(*backends: BackendRecord, free: int = 16 * GIB, **fields: Any) -> Machine:
-    """A machine on which backends are as recorded."""
+    """A machine with a graphics card, on which backends are as recorded."""
+    fields = {"pci": (PciDevice(kind="gpu", vendor="nvidia"),)} | fields
     return Machine(
         phirt="1",
         python="3.13",

@@ -1,0 +1,53 @@
+"""Lines that are coloured on a terminal, plain in a pipe, and wrapped for both."""
+
+from __future__ import annotations
+
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
+
+from phirt.cli.terminal import is_terminal, plain
+
+__all__ = ["Line", "Segment", "paragraph", "print_lines"]
+
+Segment: TypeAlias = tuple[str, str]
+"""A piece of a line, and rich's name for how it looks."""
+
+Line: TypeAlias = list[Segment]
+
+_NARROWEST, _WIDEST, _PLAIN = 60, 100, 80
+
+
+def print_lines(lines: Callable[[int], Iterable[Line]]) -> None:
+    """Print to stdout.
+
+    Args:
+        lines: Gives the lines for a width in columns.
+    """
+    if not is_terminal(sys.stdout):
+        for line in lines(_PLAIN):
+            print("".join(text for text, _ in line).rstrip())
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    width = min(max(console.width, _NARROWEST), _WIDEST)
+    for line in lines(width):
+        console.print(Text.assemble(*line), soft_wrap=True)
+
+
+def paragraph(text: str, *, width: int, indent: int = 0, style: str = "") -> Iterator[Line]:
+    """A text, wrapped and indented; what orders a terminal about is taken out."""
+    margin = " " * indent
+    for line in textwrap.wrap(
+        plain(text),
+        width,
+        initial_indent=margin,
+        subsequent_indent=margin,
+        # A command or a path is copied whole.
+        break_long_words=False,
+        break_on_hyphens=False,
+    ):
+        yield [(line, style)]

@@ -1,0 +1,138 @@
+"""``phirt plan``: how a model would be run here, what else could run it, and why not."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from phirt.cli.arguments import UsageError
+from phirt.cli.devices import read_machine
+from phirt.cli.lines import Line, paragraph, print_lines
+from phirt.cli.selection import print_json
+from phirt.cli.terminal import plain
+from phirt.errors import PhirtError
+from phirt.models.variants import megabytes
+
+if TYPE_CHECKING:
+    from phirt.devices.machine import Machine
+    from phirt.dispatch.plan import MemoryNeed, Plan, PlanCandidate, PlannedArtifact, Speed
+
+__all__ = ["print_plan"]
+
+_INDENT = 10
+_STYLES = {"chosen": "bold green", "usable": "green", "rejected": "dim"}
+_STATES = {"here": "", "to convert": ", to be converted", "to fetch": ", to be downloaded"}
+_WORKLOADS = {
+    "latency": "one answer at a time",
+    "prefill": "long prompts and short answers",
+    "throughput": "many requests at once",
+}
+
+
+def print_plan(arguments: argparse.Namespace) -> None:
+    """Carry out ``phirt plan``.
+
+    Raises:
+        UsageError: The arguments make no sense.
+        PhirtError: There is no such model, or it cannot be read.
+    """
+    # Imported here, as what it needs is only this command's.
+    from phirt.planning import plan_on
+
+    machine = None if arguments.machine is None else read_machine(arguments.machine)
+    try:
+        prepared = plan_on(
+            machine,
+            arguments.model,
+            device=arguments.device,
+            backend=arguments.backend,
+            precision=arguments.precision,
+            context=arguments.context,
+            optimize=arguments.optimize,
+            offline=arguments.offline,
+        )
+    except PhirtError:
+        raise
+    except ValueError as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    if arguments.json:
+        print_json(prepared.plan.to_json())
+    else:
+        print_lines(lambda width: _lines(prepared.plan, prepared.machine, width=width))
+
+
+def _lines(plan: Plan, machine: Machine, *, width: int) -> Iterator[Line]:
+    yield [(plain(plan.model), "bold"), (f" on {machine.cpu.name or 'this machine'}", "")]
+    yield from paragraph(_asked(plan), width=width, indent=2)
+    yield []
+    if plan.chosen is None:
+        yield from paragraph("Nothing here can run it.", width=width, style="bold red")
+    others = [each for each in plan.candidates if each.stage != "request"]
+    for candidate in others:
+        yield from _candidate(candidate, width=width)
+    unasked = dict.fromkeys(each.described for each in plan.candidates if each.stage == "request")
+    if unasked:
+        text = f"Not asked for, or used by name only: {', '.join(unasked)}."
+        yield []
+        yield from paragraph(text, width=width, style="dim")
+    for note in plan.notes:
+        yield []
+        yield from paragraph(note, width=width, style="yellow")
+
+
+def _asked(plan: Plan) -> str:
+    asked = [
+        f"{name} {value!r}"
+        for name, value in (
+            ("device", plan.device),
+            ("backend", plan.backend),
+            ("precision", plan.precision),
+        )
+        if value != "auto"
+    ]
+    wish = f"{', '.join(asked)}; " if asked else ""
+    return f"{wish}for {_WORKLOADS[plan.optimize]}, {plan.context:,} tokens of context"
+
+
+def _candidate(candidate: PlanCandidate, *, width: int) -> Iterator[Line]:
+    style = _STYLES[candidate.status]
+    artifact = "" if candidate.artifact is None else _artifact(candidate.artifact)
+    where = f"{candidate.backend:<18} {candidate.device:<13}"
+    is_short = _INDENT + len(where) + len(artifact) < width
+    shown = f"{where} {artifact if is_short else ''}".rstrip()
+    yield [
+        (f"{candidate.status:<{_INDENT}}", style),
+        (plain(shown), "bold" if candidate.status == "chosen" else ""),
+    ]
+    details = ["" if is_short else artifact, candidate.reason]
+    if candidate.status != "rejected":
+        details += [_memory(candidate.memory), _speed(candidate.speed)]
+    for detail in filter(None, details):
+        yield from paragraph(detail, width=width, indent=_INDENT)
+    if candidate.fix:
+        yield from paragraph(candidate.fix, width=width, indent=_INDENT, style="cyan")
+
+
+def _artifact(artifact: PlannedArtifact) -> str:
+    facts = " ".join(filter(None, (artifact.format, artifact.precision)))
+    return facts + _STATES[artifact.state]
+
+
+def _memory(need: MemoryNeed | None) -> str:
+    if need is None:
+        return ""
+    free = "" if need.free is None else f" of {megabytes(need.free)} free"
+    return (
+        f"memory: {megabytes(need.total)}{free} (weights {megabytes(need.weights)}, KV cache "
+        f"{megabytes(need.kv)}, workspace {megabytes(need.workspace)})"
+    )
+
+
+def _speed(speed: Speed | None) -> str:
+    if speed is None:
+        return ""
+    return (
+        f"speed: {speed.prefill_tokens_per_s:,.0f} tokens/s of a prompt, "
+        f"{speed.decode_tokens_per_s:,.1f} tokens/s of an answer"
+    )
