@@ -61,7 +61,7 @@ def trial_error(
     message = f"Device {device!r} is not available to backend {backend!r}: {told}"
     if outcome == "elsewhere":
         return DevicePlacementError(message)
-    if outcome == "raised":
+    if outcome in ("raised", "no device"):
         return DeviceNotAvailableError(message)
     return BackendRuntimeError(message)
 
