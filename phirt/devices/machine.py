@@ -115,7 +115,7 @@ class Trial:
         outcome: ``ran`` and gave the right numbers; ``raised``, ``no device`` where the error
             says that the runtime does not find it; ran ``elsewhere``; gave
             ``wrong numbers``; ``crashed`` or ``timed out``, process and all; ``not run`` where
-            no process could be started.
+            no process could be started, or the backend cannot have the model.
         reason: What was seen, in one sentence.
         fix: What the user can do about it, or None.
         kl: Mean KL divergence from the expected answer, in nats, where numbers came.

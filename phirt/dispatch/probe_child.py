@@ -12,83 +12,12 @@ import faulthandler
 import json
 import os
 import sys
-import time
 from pathlib import Path
 
-from phirt.devices.machine import BackendRecord, Trial
-from phirt.devices.record_json import from_json, to_json
-from phirt.dispatch.registry import get_backend
-from phirt.errors import (
-    DeviceNotAvailableError,
-    DevicePlacementError,
-    NonFiniteLogitsError,
-    PhirtError,
-    UnsupportedModelError,
-)
-from phirt.protocols import LoadOptions
+from phirt.devices.record_json import to_json
+from phirt.dispatch.probing import list_backend, try_device
 
-__all__ = ["list_backend", "main", "try_device"]
-
-# Numbers of a device that works may differ from the expected ones by this, in nats, beyond what
-# rounding the weights took: the bound that a model's own canary has, too.
-_TOLERANCE = 0.02
-
-
-def list_backend(name: str) -> BackendRecord:
-    """What a backend's probe says, and how long it took."""
-    started = time.perf_counter()
-    try:
-        listing = tuple(get_backend(name).probe())
-        # What is no list of availabilities is found here, and not where it is used.
-        from_json(
-            BackendRecord,
-            to_json(BackendRecord(backend=name, outcome="listed", listing=listing)),
-            where="the list of devices",
-        )
-    # A probe does not raise, but a plugin is somebody else's code.
-    except Exception as error:
-        return BackendRecord(
-            backend=name,
-            outcome="raised",
-            reason=_sentence(error),
-            seconds=time.perf_counter() - started,
-        )
-    return BackendRecord(
-        backend=name,
-        outcome="listed",
-        version=next((found.version for found in listing if found.version), None),
-        listing=listing,
-        seconds=time.perf_counter() - started,
-    )
-
-
-def try_device(name: str, device: str) -> Trial:
-    """Run the trial model on a device, and compare its numbers."""
-    started = time.perf_counter()
-    try:
-        kl, bound = _measure(name, device)
-    except UnsupportedModelError as error:
-        return Trial(device=device, outcome="not run", reason=_sentence(error))
-    except DeviceNotAvailableError as error:
-        return Trial(device=device, outcome="no device", reason=_sentence(error))
-    except DevicePlacementError as error:
-        return Trial(device=device, outcome="elsewhere", reason=_sentence(error))
-    except NonFiniteLogitsError as error:
-        return Trial(device=device, outcome="wrong numbers", reason=_sentence(error))
-    # A runtime raises what it likes; what it said is the reason.
-    except Exception as error:
-        return Trial(device=device, outcome="raised", reason=_sentence(error))
-    seconds = time.perf_counter() - started
-    right = kl <= bound  # False for NaN, too
-    verdict = "gave the right numbers" if right else "gave wrong numbers"
-    reason = f"A tiny model ran there and {verdict}: KL {kl:.1g}, at most {bound:.2g} is right."
-    return Trial(
-        device=device,
-        outcome="ran" if right else "wrong numbers",
-        reason=reason,
-        kl=max(kl, 0.0) if kl < float("inf") else None,
-        seconds=seconds,
-    )
+__all__ = ["main"]
 
 
 def main(arguments: list[str]) -> None:
@@ -107,25 +36,6 @@ def main(arguments: list[str]) -> None:
     os._exit(0)
 
 
-def _measure(name: str, device: str) -> tuple[float, float]:
-    """The divergence from the expected numbers, and the most that is right."""
-    from phirt.dispatch.canary import run_canary
-    from phirt.dispatch.trial_model import trial_folder
-    from phirt.models.canary import read_canary
-    from phirt.models.folder import read_folder
-
-    backend = get_backend(name)
-    folder = read_folder(trial_folder(backend.formats), formats=backend.formats)
-    canary = read_canary(folder.artifact.path)
-    if canary is None:
-        raise UnsupportedModelError(f"{folder.artifact.path} has no canary.json")
-    loaded = backend.load(folder.artifact, device, LoadOptions())
-    try:
-        return float(run_canary(loaded, canary)), _TOLERANCE + (canary.own_kl or 0.0)
-    finally:
-        loaded.close()
-
-
 def _leave_no_dumps() -> None:
     """A crash here is an answer: no core file, and no window that waits for a click."""
     if sys.platform == "win32":
@@ -138,13 +48,6 @@ def _leave_no_dumps() -> None:
 
         with contextlib.suppress(ValueError, OSError):
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _sentence(error: Exception) -> str:
-    """What an error says; phirt's own need no name of a class before it."""
-    text = " ".join(str(error).split())
-    is_own = isinstance(error, PhirtError) and text
-    return text if is_own else f"{type(error).__name__}: {text}".rstrip(": ")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -20,7 +21,7 @@ from typing import Literal, TypeAlias, TypeVar
 
 from phirt._version import __version__
 from phirt.backends.importing import import_runtime, unavailable
-from phirt.devices.child import run_child
+from phirt.devices.child import CHILD, run_child
 from phirt.devices.device import Device
 from phirt.devices.hardware import System, read_environment, read_system
 from phirt.devices.installed import Installed, runtime_versions, scan_installed
@@ -29,10 +30,10 @@ from phirt.devices.memory import read_memory
 from phirt.devices.merge import devices_of, to_try
 from phirt.devices.record_json import from_json
 from phirt.dispatch.machine_dir import machine_dir
-from phirt.dispatch.probe_child import list_backend
+from phirt.dispatch.probing import list_backend
 from phirt.dispatch.registry import backend_names
 from phirt.dispatch.survey_cache import SurveyCache, forget_surveys, with_trial
-from phirt.errors import BackendNotInstalledError
+from phirt.errors import BackendError, BackendNotInstalledError
 
 __all__ = ["Report", "Survey", "Trials", "devices"]
 
@@ -223,6 +224,11 @@ class _Here:
 
     @classmethod
     def look(cls) -> _Here:
+        if CHILD in os.environ:
+            raise BackendError(
+                "This process was started to ask a backend for its devices, and the backend asks "
+                "phirt for them."
+            )
         system, environment = read_system(), read_environment()
         installed = scan_installed(sys.path)
         return cls(
