@@ -51,41 +51,35 @@ class State:
         off: Whether it sends nothing.
         reason: Why, as a clause.
         early: Whether it is on because it was imported before phirt could turn it off.
+        variable: The environment variable that says so, or "".
     """
 
     off: bool
     reason: str
     early: bool = False
+    variable: str = ""
 
 
-_ORT = ("ORT_DISABLE_TELEMETRY",)
-_HUB = ("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK")
+_ORT = Telemetry(
+    sends="what is run and on what, with a number for this machine, to Microsoft",
+    variables=("ORT_DISABLE_TELEMETRY",),
+    function="disable_telemetry_events",
+)
+_HUB = Telemetry(
+    sends="what else is installed and what started it, with every request to a hub",
+    variables=("HF_HUB_DISABLE_TELEMETRY", "DISABLE_TELEMETRY", "DO_NOT_TRACK"),
+)
 
 TELEMETRY = {
-    "onnxruntime": Telemetry(
-        sends="what it runs and on what, with a number for this machine, to Microsoft",
-        variables=_ORT,
-        function="disable_telemetry_events",
-    ),
-    "onnxruntime_genai": Telemetry(
-        sends="what it runs and on what, with a number for this machine, to Microsoft",
-        variables=_ORT,
-        function="disable_telemetry_events",
-    ),
+    "onnxruntime": _ORT,
+    "onnxruntime_genai": _ORT,
     "openvino": Telemetry(
         sends="that it was imported, with a number for this user, to Google Analytics",
         hidden="openvino_telemetry",
         opt_out="opt_in_out --opt_out",
     ),
-    "huggingface_hub": Telemetry(
-        sends="what else is installed and what started it, with every request to a hub",
-        variables=_HUB,
-    ),
-    # They ask the hub through huggingface_hub.
-    "transformers": Telemetry(
-        sends="what else is installed and what started it, with every request to a hub",
-        variables=_HUB,
-    ),
+    "huggingface_hub": _HUB,
+    "transformers": _HUB,  # which asks the hub through huggingface_hub
 }
 """The packages known to send something, by the name that is imported."""
 
@@ -151,7 +145,7 @@ def state_of(package: str) -> State:
     name = next((name for name in said if os.environ[name].lower() in _ON), said[0])
     who = "phirt" if name in _ours else "the environment"
     is_off = os.environ[name].lower() in _ON
-    return State(off=is_off, reason=f"{who} has set {name}={os.environ[name]}")
+    return State(off=is_off, reason=f"{who} has set {name}={os.environ[name]}", variable=name)
 
 
 def _is_off_by_variable(telemetry: Telemetry) -> bool:

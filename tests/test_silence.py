@@ -26,7 +26,7 @@ from phirt.silence import TELEMETRY, import_silently, state_of
 from tests.installed import require
 
 PACKAGE = Path(phirt.__file__).parent
-# What each backend imports; the reference has no runtime.
+# What each backend imports; the reference has no runtime, and "auto" takes what is there.
 BACKENDS = {
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
@@ -34,6 +34,8 @@ BACKENDS = {
     "mlx": "mlx",
     "transformers": "transformers",
     "reference": "numpy",
+    # All runtimes are asked for their devices, and those that come first are tried.
+    "auto": "numpy",
 }
 # What turns telemetry off, and what would hide that phirt does not: in what looks like a test or
 # a build server, onnxruntime and OpenVINO send nothing of themselves.
@@ -44,7 +46,8 @@ HIDING = {"CI", "GITHUB_ACTIONS", "TF_BUILD", "ORT_RUNNING_UNIT_TESTS", "JENKINS
 UNTIL_SENT_S = 12
 GENERATE = """
 import sys, time, phirt
-with phirt.load(sys.argv[2], backend=sys.argv[1], device="cpu", precision="fp32") as model:
+device = "auto" if sys.argv[1] == "auto" else "cpu"
+with phirt.load(sys.argv[2], backend=sys.argv[1], device=device, precision="fp32") as model:
     print(len(model.generate("hello", max_new_tokens=3, ignore_eos=True).token_ids), "tokens")
 time.sleep(float(sys.argv[3]))
 """
@@ -169,7 +172,9 @@ class TestSwitches:
         sender: Any = import_silently("sender_xyz")
         assert sender.said == "1"
         assert sender.calls == [1]
-        assert state_of("sender_xyz") == silence.State(True, "phirt has set SENDER_OFF=1")
+        assert state_of("sender_xyz") == silence.State(
+            True, "phirt has set SENDER_OFF=1", variable="SENDER_OFF"
+        )
 
     @pytest.mark.parametrize("name", ["SENDER_OFF", "DO_NOT_SEND"])
     def test_the_users_own_yes_stands(self, monkeypatch, name):
@@ -177,7 +182,9 @@ class TestSwitches:
         sender: Any = import_silently("sender_xyz")
         assert sender.said == os.environ["SENDER_OFF"] != "1"
         assert sender.calls == []
-        assert state_of("sender_xyz") == silence.State(False, f"the environment has set {name}=0")
+        assert state_of("sender_xyz") == silence.State(
+            False, f"the environment has set {name}=0", variable=name
+        )
 
     def test_the_users_own_no_stands(self, monkeypatch):
         monkeypatch.setenv("DO_NOT_SEND", "TRUE")
@@ -206,12 +213,13 @@ class TestSwitches:
         assert state_of("sender_xyz").early
 
 
-def environment(home: Path, **more: str) -> dict[str, str]:
+def environment(home: Path) -> dict[str, str]:
     """That of a user who has switched nothing off, with a home of his own."""
     kept = {key: value for key, value in os.environ.items() if key not in SWITCHES | HIDING}
     homes = dict.fromkeys(("HOME", "USERPROFILE", "LOCALAPPDATA", "APPDATA"), str(home))
-    # Where the whole suite surveys once, these programs look there too.
-    return kept | homes | {"XDG_CACHE_HOME": "", "PHIRT_HOME": str(home / "phirt")} | more
+    # Runtimes are asked for their devices here once more, and must not say so to anybody.
+    own = {"XDG_CACHE_HOME": "", "PHIRT_HOME": str(home / "phirt"), "PHIRT_MACHINE_DIR": ""}
+    return kept | homes | own
 
 
 WATCH = """

@@ -51,7 +51,7 @@ def _print(findings: Sequence[Finding]) -> None:
     if not is_terminal(sys.stdout):
         for finding in findings:
             for label, rest, _ in _lines(finding, width=80):
-                print(label + rest)
+                print((label + rest).rstrip())
         print(_verdict(findings))
         return
     from rich.console import Console
@@ -66,15 +66,17 @@ def _print(findings: Sequence[Finding]) -> None:
 
 def _lines(finding: Finding, *, width: int) -> Iterator[tuple[str, str, str]]:
     """A finding, line by line: a beginning, the rest, and the style of the beginning."""
-    label = finding.severity.ljust(len(_INDENT))
+    label, style = finding.severity.ljust(len(_INDENT)), _STYLES[finding.severity]
     for line in _wrapped(f"{finding.area}: {finding.found}", width):
-        yield label, line, _STYLES[finding.severity]
-        label = _INDENT
+        yield label, line, style
+        label, style = _INDENT, ""
     for line in _wrapped(finding.why, width):
         yield _INDENT, line, ""
     if finding.command is not None:
         # In one piece, however long, so that it can be copied.
         yield f"{_INDENT}$ {plain(finding.command)}", "", "bold"
+    if finding.severity != "ok":
+        yield "", "", ""
 
 
 def _wrapped(text: str, width: int) -> list[str]:

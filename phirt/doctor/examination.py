@@ -40,10 +40,10 @@ def diagnose(
     installed = read_installed()
     if machine is None:
         machine = Survey().machine(trials="all" if deep else "cached")
+    files = [*examine_packages(installed), *examine_versions(installed)]
     findings = [
-        *examine_packages(installed),
-        *examine_versions(installed),
-        *examine_machine(machine, installed),
+        *files,
+        *examine_machine(machine, installed, told=files),
         *telemetry,
         *examine_store(deep=deep, progress=progress),
         *examine_records(),

@@ -105,8 +105,8 @@ _TABLE = (
         windows="Microsoft.VCRedist.2015+.x64",
     ),
     _Known(
-        r"(lib)?openvino\w*[.\d]*(so|dll|dylib)",
-        "It is part of OpenVINO, in the version that the other package was made for.",
+        r"(lib)?(openvino|tbb)\w*[.\d]*(so|dll|dylib)",
+        "It is part of OpenVINO, or comes with it.",
         pip="openvino",
     ),
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import Distribution
 
+from phirt.backends.distributions import listed_files
 from phirt.devices.machine import BackendRecord, Machine, Trial
 from phirt.dispatch.quarantine import in_force
 from phirt.doctor.commands import install, reinstall
@@ -14,30 +16,35 @@ from phirt.types import Availability
 
 __all__ = ["examine_machine"]
 
-# Whose files to install again where a backend's runtime does not import.
-_DISTRIBUTIONS = {
+# What to install again where a backend's runtime does not work and does not say which part.
+_PACKAGES = {
     "onnxruntime": ("onnxruntime",),
-    "onnxruntime-genai": ("onnxruntime-genai",),
+    "onnxruntime-genai": ("onnxruntime_genai",),
     "openvino": ("openvino",),
-    "mlx": ("mlx", "mlx-cpu", "mlx-metal", "mlx-lm"),
-    "transformers": ("torch", "transformers"),
+    "mlx": ("mlx_lm",),
+    "transformers": ("transformers",),
 }
+# As the adapter for transformers words it.
+_TOO_OLD = re.compile(r"needs (?P<name>\S+) \S+ or later; installed is")
 # Written to compare with; a machine with nothing else has no runtime.
 _REFERENCE = "reference"
 _REFRESH = "phirt devices --refresh"
 
 
-def examine_machine(machine: Machine, installed: Mapping[str, Distribution]) -> Iterator[Finding]:
+def examine_machine(
+    machine: Machine, installed: Mapping[str, Distribution], *, told: Sequence[Finding] = ()
+) -> Iterator[Finding]:
     """What each backend's runtime does on a machine.
 
     Args:
         machine: The record; trials that it has are judged, none is made.
         installed: The installed distributions, by canonical name.
+        told: What was found of packages and versions: one fault is told once.
     """
     usable = []
     for record in machine.backends:
         findings = [*_examine_backend(record, installed), *_examine_quarantine(machine, record)]
-        yield from findings
+        yield from (each for each in findings if not _is_told(each, told))
         listed = [found for found in record.listing if found.status not in ("missing", "broken")]
         if listed and record.backend != _REFERENCE:
             usable.append(record.backend)
@@ -58,7 +65,20 @@ def _describe(record: BackendRecord, listed: list[Availability]) -> str:
     devices = ", ".join(
         found.device + (" (tried)" if found.device in tried else "") for found in listed
     )
-    return f"{record.version or record.backend}: {devices}."
+    version = record.version or record.backend
+    name = version if record.backend in version else f"{record.backend} ({version})"
+    return f"{name}: {devices}."
+
+
+def _is_told(finding: Finding, told: Sequence[Finding]) -> bool:
+    """Whether the reason of a runtime is one that its packages or versions have given, too."""
+    old = _TOO_OLD.search(finding.found)
+    for each in told:
+        if each.area == "packages" and each.found.rstrip(".") in finding.found:
+            return True
+        if each.area == "versions" and old and f"installed is {old['name']} " in each.found:
+            return True
+    return False
 
 
 def _examine_backend(
@@ -69,15 +89,21 @@ def _examine_backend(
             f"{record.backend}: {_sentence(record.reason)}",
             record.reason,
             why=record.fix or "",
-            command=_reinstall(record.backend, installed) if record.outcome == "raised" else None,
+            command=(
+                _reinstall(record.backend, installed, record.reason)
+                if record.outcome == "raised"
+                else None
+            ),
         )
     for found in record.listing:
         if found.status == "broken":
+            # What it advises is the command, which is given by itself.
+            reason = found.reason.partition(" Reinstall it with: ")[0]
             yield _broken(
-                f"{record.backend} on {found.device}: {_sentence(found.reason)}",
+                _sentence(reason),
                 found.reason,
                 why=found.fix or "",
-                command=_reinstall(record.backend, installed),
+                command=_reinstall(record.backend, installed, found.reason),
             )
     for trial in record.trials:
         if trial.outcome not in ("ran", "not run", "no device"):
@@ -131,21 +157,19 @@ def _examine_quarantine(machine: Machine, record: BackendRecord) -> Iterator[Fin
             )
 
 
-def _reinstall(backend: str, installed: Mapping[str, Distribution]) -> str | None:
+def _reinstall(backend: str, installed: Mapping[str, Distribution], reason: str) -> str | None:
     """Installs a backend's runtime once more, in the versions and builds that are there."""
+    # As `phirt.backends.importing` words it.
+    named = re.search(r"'(\w+)[\w.]*' is installed, but importing it failed", reason)
+    packages = [named[1]] if named else _PACKAGES.get(backend, ())
     held = [
         distribution
-        for name in _DISTRIBUTIONS.get(backend, ())
-        for held, distribution in installed.items()
-        if held == name or (backend == "onnxruntime" and held in _builds(name, installed))
+        for _, distribution in sorted(installed.items())
+        if any(f"{package}/__init__.py" in listed_files(distribution) for package in packages)
     ]
-    return reinstall(*(f"{one.name}=={one.version}" for one in held)) if held else None
-
-
-def _builds(name: str, installed: Mapping[str, Distribution]) -> list[str]:
-    """The builds of onnxruntime that stand in its place where it is not installed itself."""
-    suffixes = ("gpu", "directml", "webgpu", "openvino", "rocm", "migraphx")
-    return [] if name in installed else [f"{name}-{suffix}" for suffix in suffixes]
+    # A version's local part (+cpu) is of the place that it was built at, and on no index.
+    pinned = (f"{one.name}=={one.version.partition('+')[0]}" for one in held)
+    return reinstall(*pinned) if held else None
 
 
 def _sentence(text: str) -> str:

@@ -101,11 +101,12 @@ def _examine_leftovers(store: Store) -> Iterator[Finding]:
     unfinished = find_unfinished(store.root)
     if unfinished:
         size = sum(file.lstat().st_size for path in unfinished for file in (path, *path.rglob("*")))
-        count = f"{len(unfinished)} download{'s' * (len(unfinished) != 1)} or conversions"
+        count = len(unfinished)
+        what = "downloads or conversions were" if count > 1 else "download or conversion was"
         yield Finding(
             severity="note",
             area="store",
-            found=f"{count} in the store at {store.root} were not finished: {_bytes(size)}.",
+            found=f"{count} {what} not finished in {store.root}: {_bytes(size)}.",
             why="A pull goes on with what it finds of a download; what nobody wants takes room.",
             command="phirt gc",
         )
@@ -119,8 +120,8 @@ def _examine_models(
     for fault in store.verify(progress=progress) if deep else _quick_faults(store):
         faults.setdefault(fault.key, []).append(fault)
     for key, found in faults.items():
-        more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-        yield _describe(key, f"{found[0]}{more}", models.get(key), store)
+        more = f" {len(found) - 1} more of its files are." if len(found) > 1 else ""
+        yield _describe(key, _sentence(found[0]) + more, models.get(key), store)
 
 
 def _quick_faults(store: Store) -> Iterator[Fault]:
@@ -139,8 +140,16 @@ def _quick_faults(store: Store) -> Iterator[Fault]:
         except UnsafeModelError as error:
             problem = f"is refused: {error}"
         except (ModelError, OSError) as error:
-            problem = f"is damaged: {error}"
+            # It names the file, and advises what is a command here.
+            problem = str(error).partition(" Install the model again")[0]
+            problem = problem.removeprefix(f"{path}{os.sep}")
         yield Fault(key=path.name, path=path, problem=problem)
+
+
+def _sentence(fault: Fault) -> str:
+    """A fault, with its model's key in place of the whole path."""
+    file = "" if fault.path.name == fault.key else f"{fault.path.name} "
+    return f"{fault.key}: {file}{fault.problem}"
 
 
 def _describe(key: str, found: str, model: InstalledModel | None, store: Store) -> Finding:
@@ -204,7 +213,9 @@ def examine_records() -> Iterator[Finding]:
             command=f"{_remove()} {' '.join(quote(str(path)) for path in damaged)}",
         )
     elif paths:
-        yield Finding(severity="ok", area="records", found=f"{folder}: all {len(paths)} readable.")
+        yield Finding(
+            severity="ok", area="records", found=f"{folder}: {len(paths)} in all, and readable."
+        )
 
 
 def _can_be_read(path: Path) -> bool:

@@ -13,30 +13,29 @@ __all__ = ["examine_telemetry"]
 
 
 def examine_telemetry() -> Iterator[Finding]:
-    """One finding for each package that sends something and is installed."""
+    """What the installed packages send: one finding for those of which the same is to be said."""
+    alike: dict[tuple[Telemetry, State], list[str]] = {}
     for package, telemetry in TELEMETRY.items():
         if PathFinder.find_spec(package) is not None:
-            yield _describe(package, telemetry, state_of(package))
+            alike.setdefault((telemetry, state_of(package)), []).append(package)
+    for (telemetry, state), packages in alike.items():
+        yield _describe(" and ".join(packages), telemetry, state)
 
 
-def _describe(package: str, telemetry: Telemetry, state: State) -> Finding:
+def _describe(packages: str, telemetry: Telemetry, state: State) -> Finding:
     if state.off:
-        found = f"{package}: off; {state.reason}."
-        return Finding(severity="ok", area="telemetry", found=found)
-    why = f"It sends {telemetry.sends}."
+        return Finding(severity="ok", area="telemetry", found=f"{packages}: off; {state.reason}.")
+    why = f"What is sent: {telemetry.sends}."
     if state.early:
-        if telemetry.opt_out is not None:
-            command = telemetry.opt_out
-        else:
-            command = set_variable(telemetry.variables[0], "1")
-        why += " Import phirt's model before it, or turn it off for every program."
+        why += " Import phirt before it, or turn it off for every program."
+        command = telemetry.opt_out or set_variable(telemetry.variables[0], "1")
     else:
-        command = unset_variable(state.reason.split()[-1].partition("=")[0])
         why += " phirt leaves what you have set; without it, phirt turns it off."
+        command = unset_variable(state.variable)
     return Finding(
         severity="warning",
         area="telemetry",
-        found=f"{package}: on; {state.reason}.",
+        found=f"{packages}: on; {state.reason}.",
         why=why,
         command=command,
     )

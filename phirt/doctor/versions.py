@@ -37,10 +37,11 @@ _SHARED = {"onnxruntime": "onnxruntime", "onnxruntime-genai": "onnxruntime_genai
 
 @dataclass(frozen=True, slots=True)
 class _Need:
-    """A requirement, and who has it."""
+    """A requirement, who has it, and whether that is phirt or what one of its extras asks for."""
 
     by: str
     requirement: Requirement
+    ours: bool = False
 
     @property
     def name(self) -> str:
@@ -62,6 +63,8 @@ def examine_versions(installed: Mapping[str, Distribution]) -> Iterator[Finding]
         held = stand_ins.get(need.name) or installed.get(need.name)
         if held is not None and need.requirement.specifier.contains(held.version, prereleases=True):
             continue
+        if held is not None and _is_mended_with_ours(need, held, installed):
+            continue
         if (need.by, need.name) not in told:
             told.add((need.by, need.name))
             yield _describe(need, held, installed)
@@ -77,9 +80,10 @@ def _needs_of_phirt(installed: Mapping[str, Distribution]) -> Iterator[_Need]:
     """Those of its base, and of every extra whose runtime is installed."""
     if _PHIRT not in installed:
         return  # a checkout that is only on the path
-    yield from _needs(installed, installed[_PHIRT], by=_PHIRT)
+    yield from _needs(installed, installed[_PHIRT], by=_PHIRT, ours=True)
     for extra in installed[_PHIRT].metadata.get_all("Provides-Extra") or ():
-        needs = list(_needs(installed, installed[_PHIRT], by=f"phirt[{extra}]", extra=extra))
+        by = f"{_PHIRT}[{extra}]"
+        needs = list(_needs(installed, installed[_PHIRT], by=by, extra=extra, ours=True))
         # The first is the runtime itself.
         if needs and needs[0].name in installed:
             yield from needs
@@ -103,7 +107,12 @@ def _needs_of_runtimes(installed: Mapping[str, Distribution]) -> Iterator[_Need]
 
 
 def _needs(
-    installed: Mapping[str, Distribution], distribution: Distribution, *, by: str, extra: str = ""
+    installed: Mapping[str, Distribution],
+    distribution: Distribution,
+    *,
+    by: str,
+    extra: str = "",
+    ours: bool = False,
 ) -> Iterator[_Need]:
     """What a distribution requires here; with an extra, only what that adds.
 
@@ -121,13 +130,13 @@ def _needs(
         without = marker is None or marker.evaluate({"extra": ""})
         if not holds or (extra and without) or canonical(requirement.name) in _NOT_MISSED:
             continue
-        yield _Need(by, requirement)
+        yield _Need(by, requirement, ours)
         held = installed.get(canonical(requirement.name))
         if held is None:
             continue
         for inner in sorted(requirement.extras):
             inner_by = f"{held.name}[{inner}] {held.version}"
-            yield from _needs(installed, held, by=inner_by, extra=inner)
+            yield from _needs(installed, held, by=inner_by, extra=inner, ours=ours)
 
 
 def _packages(distribution: Distribution) -> set[str]:
@@ -169,8 +178,7 @@ def _describe(
             ),
             command=replace([held.name], need.text),
         )
-    ours = need.by.startswith(_PHIRT)
-    opposed = _opposed(need, held, installed) if ours else []
+    opposed = _opposed(need, held, installed) if need.ours else []
     if opposed:
         names = " and ".join(f"{one.name} {one.version}" for one in opposed)
         return Finding(
@@ -183,7 +191,7 @@ def _describe(
             ),
             command=replace([one.name for one in opposed], need.text),
         )
-    if ours or _is_wanted(need, installed):
+    if need.ours or _is_wanted(need, installed):
         why = "It was not tried with this version, and may fail or compute something else."
         return Finding(
             severity="warning", area="versions", found=found, why=why, command=install(need.text)
@@ -205,26 +213,39 @@ def _opposed(
     need: _Need, held: Distribution, installed: Mapping[str, Distribution]
 ) -> list[Distribution]:
     """Distributions that allow the version that is installed, and not what phirt needs."""
-    lowest = [each.version for each in need.requirement.specifier if each.operator in (">=", "==")]
     found = []
     for name, distribution in sorted(installed.items()):
         for other in _needs(installed, distribution, by=name) if name != _PHIRT else ():
             allowed = other.requirement.specifier
             if other.name != need.name or not allowed.contains(held.version, prereleases=True):
                 continue
-            if any(not allowed.contains(version, prereleases=True) for version in lowest):
+            if any(not allowed.contains(version, prereleases=True) for version in _lowest(need)):
                 found.append(distribution)
     return found
 
 
 def _is_wanted(need: _Need, installed: Mapping[str, Distribution]) -> bool:
     """Whether changing the installed version for this need leaves phirt's own needs met."""
-    lowest = [each.version for each in need.requirement.specifier if each.operator in (">=", "==")]
     ours = [other for other in _needs_of_phirt(installed) if other.name == need.name]
-    if not ours:
-        return True
-    return any(
+    return not ours or any(
         other.requirement.specifier.contains(version, prereleases=True)
-        for version in lowest
+        for version in _lowest(need)
         for other in ours
     )
+
+
+def _is_mended_with_ours(
+    need: _Need, held: Distribution, installed: Mapping[str, Distribution]
+) -> bool:
+    """Whether phirt needs another version too, and the one that it needs would do."""
+    return not need.ours and any(
+        other.name == need.name
+        and not other.requirement.specifier.contains(held.version, prereleases=True)
+        and all(need.requirement.specifier.contains(each) for each in _lowest(other))
+        for other in _needs_of_phirt(installed)
+    )
+
+
+def _lowest(need: _Need) -> list[str]:
+    """The version that a requirement begins with, if it names one."""
+    return [each.version for each in need.requirement.specifier if each.operator in (">=", "==")]

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from phirt.devices.machine import BackendRecord, Cpu, Machine, Memory, Quarantine, Trial
+from phirt.doctor import Finding
 from phirt.doctor.packages import read_installed
 from phirt.doctor.runtimes import examine_machine
 from phirt.types import Availability, Hardware
@@ -57,12 +58,18 @@ def test_what_is_missing_is_not_broken():
 
 class TestBroken:
     def test_an_import_without_a_library(self):
-        broken = Availability("cpu", "broken", "ImportError: libgomp.so.1: cannot open shared "
-                              "object file: No such file or directory.")  # fmt: skip
+        broken = Availability(
+            "cpu",
+            "broken",
+            "Backend 'openvino': 'openvino' is installed, but importing it failed with "
+            "ImportError: libgomp.so.1: cannot open shared object file: No such file or directory. "
+            "Reinstall it with: python -m pip install --force-reinstall openvino",
+        )
         record = BackendRecord(backend="openvino", outcome="listed", listing=(broken,))
         (found,) = (each for each in look(WORKS, record) if each.severity == "broken")
         assert found.area == "libraries"
-        assert "openvino on cpu: ImportError: libgomp.so.1" in found.found
+        assert found.found.startswith("Backend 'openvino': 'openvino' is installed, but importing")
+        assert "Reinstall" not in found.found
         assert "libgomp.so.1 is missing" in found.why
 
     def test_an_import_that_fails_otherwise_is_installed_again(self, site):
@@ -115,6 +122,34 @@ class TestBroken:
         assert found.severity == "ok"
 
 
+class TestTold:
+    """A fault of packages or versions is one finding, not one more for each backend."""
+
+    def told(self, reason, *findings):
+        broken = Availability("cpu", "broken", reason)
+        record = BackendRecord(backend="transformers", outcome="listed", listing=(broken,))
+        machine = replace(MACHINE, backends=(WORKS, record))
+        found = examine_machine(machine, read_installed(), told=findings)
+        return not [each for each in found if each.severity == "broken"]
+
+    def test_two_owners(self):
+        conflict = "a 1 and b 1 both installed 'a' into /x, and overwrote each other's files."
+        told = Finding(severity="broken", area="packages", found=conflict)
+        assert self.told(f"Backend 'a': {conflict} Keep one of them: pip …", told)
+        assert not self.told("Backend 'a': 1/0", told)
+        assert not self.told(f"Backend 'a': {conflict}")
+
+    def test_too_old(self):
+        told = Finding(
+            severity="warning",
+            area="versions",
+            found="phirt[torch] needs transformers>=5.23; installed is transformers 5.5.4.",
+        )
+        reason = "Backend 'transformers' needs {} 5.23 or later; installed is 5.5.4. Update it."
+        assert self.told(reason.format("transformers"), told)
+        assert not self.told(reason.format("torch"), told)
+
+
 class TestQuarantine:
     ENTRY = Quarantine(
         backend="onnxruntime",
@@ -146,6 +181,7 @@ def test_a_runtime_without_its_library_from_import_to_finding(environment):
 import json
 from dataclasses import asdict, replace
 from phirt.dispatch.probe_child import list_backend
+from phirt.doctor import Finding
 from phirt.doctor.packages import read_installed
 from phirt.doctor.runtimes import examine_machine
 from tests.doctor.test_runtimes import MACHINE

@@ -33,7 +33,12 @@ def test_what_is_not_installed_is_not_mentioned(site):
 def test_off_is_what_phirt_makes_it(site):
     site.install("onnxruntime", "1.31.1")
     site.install("openvino", "2026.4.1")
+    site.install("transformers", "5.23.0")
+    site.install("huggingface-hub", "2.4.0")
     found = look()
+    assert found["huggingface_hub and transformers"].found == (
+        "huggingface_hub and transformers: off; phirt sets HF_HUB_DISABLE_TELEMETRY=1."
+    )
     assert {each.severity for each in found.values()} == {"ok"}
     assert found["onnxruntime"].found == "onnxruntime: off; phirt sets ORT_DISABLE_TELEMETRY=1."
     assert found["openvino"].found == "openvino: off; phirt keeps openvino_telemetry from it."

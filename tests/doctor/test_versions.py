@@ -87,6 +87,13 @@ class TestPhirt:
         assert "optimum-intel" in found.command
         assert "transformers" not in found.command
 
+    def test_what_our_own_update_mends_is_not_told_twice(self, site):
+        site.install("torch", "2.13.0")
+        site.install("transformers", "5.5.4")
+        site.install("mlx-lm", "0.32.2", "mlx_lm/__init__.py", requires=["transformers>=5.7.0"])
+        (found,) = look()
+        assert found.found.startswith("phirt[torch] needs transformers>=5.23;")
+
     def test_a_prerelease_will_do(self, site):
         site.install("openvino", "2026.5.0.dev20261101")
         assert look() == []
