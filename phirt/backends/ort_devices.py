@@ -15,7 +15,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from phirt.devices.cuda import cuda_devices
+from phirt.backends.probing import may_start_drivers
+from phirt.devices.cuda import cuda_devices, open_driver
 from phirt.devices.identity import parse_luid_number, parse_pci
 from phirt.devices.vendors import cpu_vendor, pci_vendor
 from phirt.errors import BackendBrokenError, DeviceNotAvailableError
@@ -47,13 +48,22 @@ def describe(found: Any, index: int = 0) -> Hardware:
         found: The device.
         index: Its number, for its name.
     """
+    provider = found.ep_name.removesuffix("ExecutionProvider")
+    is_cpu = found.device.type.name == "CPU"
+    native = provider if is_cpu else f"{provider} {index}"
+    try:
+        return _read_metadata(found, native, is_cpu=is_cpu)
+    # Texts of drivers, which need not be UTF-8: a device without a name is still a device.
+    except Exception:
+        return Hardware(native=native)
+
+
+def _read_metadata(found: Any, native: str, *, is_cpu: bool) -> Hardware:
     hardware = found.device
     metadata = {key.lower(): value for key, value in dict(hardware.metadata).items()}
-    provider = found.ep_name.removesuffix("ExecutionProvider")
-    is_cpu = hardware.type.name == "CPU"
     discrete = {"0": False, "1": True}.get(metadata.get("discrete", ""))
     return Hardware(
-        native=provider if is_cpu else f"{provider} {index}",
+        native=native,
         name=" ".join(metadata.get("description", "").split()) or None,
         vendor=pci_vendor(hardware.vendor_id) or cpu_vendor(hardware.vendor),
         memory_bytes=None if is_cpu else _memory(metadata),
@@ -66,7 +76,7 @@ def describe(found: Any, index: int = 0) -> Hardware:
 
 
 def cuda_entries(kind: str, *, version: str, reason: str) -> list[Availability]:
-    """What a CUDA provider can have: the devices of NVIDIA's driver.
+    """What a CUDA provider can have: the devices of NVIDIA's driver, where it may be started.
 
     Args:
         kind: What phirt calls the device, without a number.
@@ -74,7 +84,10 @@ def cuda_entries(kind: str, *, version: str, reason: str) -> list[Availability]:
         reason: What is installed for it.
     """
     try:
-        found = cuda_devices()
+        library = open_driver()
+        if not may_start_drivers():
+            return [Availability(kind, "found", f"{reason}: not tried", version=version)]
+        found = cuda_devices(library)
     except DeviceNotAvailableError as error:
         return [Availability(kind, "no device", f"{reason}: {error}", version=version)]
     except BackendBrokenError as error:

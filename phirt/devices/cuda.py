@@ -1,46 +1,52 @@
 """What NVIDIA's driver lists: CUDA devices in CUDA's own order, asked without any runtime.
 
-onnxruntime's CUDA provider names its devices by number only, and imports torch's megabytes no
-more than phirt does. The driver's library, which both need, tells the rest. Functions and
-constants: https://docs.nvidia.com/cuda/cuda-driver-api/ (device management).
+onnxruntime's CUDA provider knows its devices by number only; the driver's library, which it needs
+anyway, tells the rest. Functions and constants: https://docs.nvidia.com/cuda/cuda-driver-api/
+(device management).
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from phirt.devices.identity import parse_luid_bytes, parse_pci, parse_uuid
 from phirt.errors import BackendBrokenError, DeviceNotAvailableError
 from phirt.types import Hardware
 
-__all__ = ["cuda_devices"]
+__all__ = ["cuda_devices", "open_driver"]
 
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _INTEGRATED = 18  # CU_DEVICE_ATTRIBUTE_INTEGRATED
 _TEXT_BYTES = 256
 
 
-def cuda_devices(open_library: Callable[[str], Any] | None = None) -> list[Hardware]:
-    """The CUDA devices that a process may use now, by ascending number.
-
-    ``CUDA_VISIBLE_DEVICES`` is followed. Initialising the driver takes some tenths of a second
-    where there is a device.
-
-    Args:
-        open_library: Opens the driver's library by its name; `ctypes` does, unless it is given.
+def open_driver() -> Any:
+    """The driver's library, which is not started by that.
 
     Raises:
-        DeviceNotAvailableError: The driver is not installed, or finds no device.
-        BackendBrokenError: It is installed and does not start.
+        DeviceNotAvailableError: The driver is not installed.
     """
-    name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
-        library = (open_library or ctypes.CDLL)(name)
+        return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
     except OSError as error:
         raise DeviceNotAvailableError(f"NVIDIA's driver is not installed: {error}") from error
+
+
+def cuda_devices(library: Any) -> list[Hardware]:
+    """The CUDA devices that this process may use now, by ascending number.
+
+    ``CUDA_VISIBLE_DEVICES`` is followed. It starts the driver, which takes some tenths of a
+    second where there is a device.
+
+    Args:
+        library: The driver's.
+
+    Raises:
+        DeviceNotAvailableError: The driver finds no device.
+        BackendBrokenError: It does not start.
+    """
     driver = _Driver(library)
     code = library.cuInit(0)
     count = driver.number("cuDeviceGetCount") if code == 0 else None

@@ -14,6 +14,7 @@ import os
 import sys
 from pathlib import Path
 
+from phirt.backends.probing import disposable_process
 from phirt.devices.record_json import to_json
 from phirt.dispatch.probing import list_backend, try_device
 
@@ -26,7 +27,8 @@ def main(arguments: list[str]) -> None:
     # Of a parent that was killed, nobody is left to end a child that hangs.
     faulthandler.dump_traceback_later(float(seconds), exit=True)
     _leave_no_dumps()
-    record = list_backend(name) if task == "list" else try_device(name, rest[0])
+    with disposable_process():
+        record = list_backend(name) if task == "list" else try_device(name, rest[0])
     partial = Path(f"{file}.partial")
     partial.write_text(json.dumps(to_json(record), allow_nan=False), encoding="utf-8")
     partial.replace(file)

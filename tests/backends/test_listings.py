@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from phirt.backends import ort_devices
+from phirt.backends import ort_devices, ort_plugins
 from phirt.backends.mlx.listing import list_devices as list_mlx
 from phirt.backends.onnxruntime import providers
 from phirt.backends.onnxruntime.listing import list_devices as list_onnxruntime
 from phirt.backends.openvino.listing import list_devices as list_openvino
+from phirt.backends.probing import disposable_process
 from phirt.backends.transformers import listing as torch_listing
 from phirt.errors import BackendBrokenError, DeviceNotAvailableError
 from phirt.types import Availability, Hardware
@@ -147,6 +148,12 @@ class TestOnnxRuntime:
             Hardware(native="WebGpu", software=True),
         )
 
+    def test_a_device_whose_texts_fail(self) -> None:
+        device = ep_device("WebGpuExecutionProvider", "GPU", metadata={"Description": "x"})
+        device.device.metadata = None
+        [entry] = list_onnxruntime(onnxruntime(["WebGpuExecutionProvider"], [device]))
+        assert (entry.status, entry.hardware) == ("found", Hardware(native="WebGpu 0"))
+
     def test_an_onnxruntime_that_lists_nothing(self) -> None:
         """Before 1.23, or where reading the system's devices fails."""
 
@@ -158,46 +165,107 @@ class TestOnnxRuntime:
         [entry] = list_onnxruntime(ort)
         assert (entry.status, entry.hardware) == ("found", Hardware(native="CPU"))
 
-    def test_cuda_is_what_the_driver_lists(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        cards = [Hardware(native=f"CUDA {n}", pci=f"0000:0{n}:00.0") for n in range(2)]
-        monkeypatch.setattr(ort_devices, "cuda_devices", lambda: cards)
-        found = list_onnxruntime(onnxruntime(["CUDAExecutionProvider"]))
+    @pytest.fixture
+    def driver(self, monkeypatch: pytest.MonkeyPatch) -> list[Hardware]:
+        """NVIDIA's driver is installed, and lists this."""
+        cards: list[Hardware] = []
+        monkeypatch.setattr(ort_devices, "open_driver", lambda: cards)
+        monkeypatch.setattr(ort_devices, "cuda_devices", list)
+        return cards
+
+    def test_cuda_is_what_the_driver_lists(self, driver: list[Hardware]) -> None:
+        driver += [Hardware(native=f"CUDA {n}", pci=f"0000:0{n}:00.0") for n in range(2)]
+        with disposable_process():
+            found = list_onnxruntime(onnxruntime(["CUDAExecutionProvider"]))
         assert [(entry.device, entry.hardware) for entry in found] == [
-            ("cuda:0", cards[0]),
-            ("cuda:1", cards[1]),
+            ("cuda:0", driver[0]),
+            ("cuda:1", driver[1]),
         ]
+
+    def test_in_an_application_the_driver_is_not_started(
+        self, driver: list[Hardware], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(ort_devices, "cuda_devices", pytest.fail)
+        [entry] = list_onnxruntime(onnxruntime(["CUDAExecutionProvider"]))
+        assert (entry.device, entry.status, entry.hardware) == ("cuda", "found", None)
+        assert entry.version == "onnxruntime 1.31.1"
 
     @pytest.mark.parametrize(
         ("error", "status"),
         [(DeviceNotAvailableError, "no device"), (BackendBrokenError, "broken")],
     )
-    def test_cuda_without_a_driver(
-        self, monkeypatch: pytest.MonkeyPatch, error: type[Exception], status: str
+    def test_cuda_without_a_device(
+        self,
+        driver: list[Hardware],
+        monkeypatch: pytest.MonkeyPatch,
+        error: type[Exception],
+        status: str,
     ) -> None:
-        def fail() -> None:
-            raise error("libcuda.so.1: no such file")
+        def fail(library: Any) -> None:
+            raise error("cuInit says no")
 
         monkeypatch.setattr(ort_devices, "cuda_devices", fail)
-        [entry] = list_onnxruntime(onnxruntime(["CUDAExecutionProvider"]))
+        with disposable_process():
+            [entry] = list_onnxruntime(onnxruntime(["CUDAExecutionProvider"]))
         assert (entry.device, entry.status) == ("cuda", status)
-        assert "CUDAExecutionProvider: libcuda.so.1: no such file" in entry.reason
+        assert "CUDAExecutionProvider: cuInit says no" in entry.reason
 
-    def test_a_plugin_tells_once_it_is_loaded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_cuda_without_a_driver(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """That much is known in an application, too."""
+
+        def fail() -> None:
+            raise DeviceNotAvailableError("libcuda.so.1: no such file")
+
+        monkeypatch.setattr(ort_devices, "open_driver", fail)
+        [entry] = list_onnxruntime(onnxruntime(["CUDAExecutionProvider"]))
+        assert (entry.device, entry.status) == ("cuda", "no device")
+
+    def plugin(self, monkeypatch: pytest.MonkeyPatch, devices: list[Any]) -> Any:
+        """An onnxruntime with the OpenVINO plugin beside it, which has these devices."""
         name, module = "OpenVINOExecutionProvider", "onnxruntime_ep_openvino"
         monkeypatch.setattr(providers, "_is_installed", lambda wanted: wanted == module)
-        devices = [ep_device(name, "GPU", vendor_id=0x8086)]
+        monkeypatch.setattr(ort_plugins, "_registered", {})
+        library = SimpleNamespace(get_library_path=lambda: "/x.so", get_ep_names=lambda: [name])
+        monkeypatch.setattr(ort_plugins, "_import_plugin", lambda module: library)
         ort = onnxruntime([], devices)
-        before = by_device(list_onnxruntime(ort))
-        assert {entry.status for entry in before.values()} == {"found"}
-        assert {entry.hardware for entry in before.values()} == {None}
-        monkeypatch.setattr(providers, "_registered", {module: (name,)})
-        after = by_device(list_onnxruntime(ort))
+        ort.register_execution_provider_library = lambda name, path: None
+        return ort
+
+    def test_a_plugin_is_loaded_where_that_may_crash(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu = ep_device("OpenVINOExecutionProvider", "GPU", vendor_id=0x8086)
+        ort = self.plugin(monkeypatch, [gpu])
+        before = list_onnxruntime(ort)
+        assert [(entry.device, entry.status, entry.hardware) for entry in before] == [
+            (name, "found", None) for name in ("openvino-cpu", "gpu", "npu")
+        ]
+        with disposable_process():
+            after = by_device(list_onnxruntime(ort))
         assert {name: entry.status for name, entry in after.items()} == {
             "openvino-cpu": "no device",
             "gpu": "found",
             "npu": "no device",
         }
         assert after["gpu"].hardware == Hardware(native="OpenVINO 0", vendor="intel")
+        # Once it is there, it may be asked anywhere.
+        assert by_device(list_onnxruntime(ort)) == after
+
+    def test_several_devices_of_a_plugin(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        gpu = ep_device("OpenVINOExecutionProvider", "GPU", vendor_id=0x8086)
+        with disposable_process():
+            found = by_device(list_onnxruntime(self.plugin(monkeypatch, [gpu, gpu])))
+        assert {"gpu:0", "gpu:1"} < set(found)
+
+    def test_a_plugin_that_does_not_load(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        ort = self.plugin(monkeypatch, [])
+
+        def fail(name: str, path: str) -> None:
+            raise RuntimeError("undefined symbol")
+
+        ort.register_execution_provider_library = fail
+        with disposable_process():
+            found = list_onnxruntime(ort)
+        assert {entry.status for entry in found} == {"broken"}
+        assert "undefined symbol" in found[0].reason
 
 
 class FakeCore:
@@ -451,6 +519,15 @@ class TestMlx:
 
     def test_a_build_for_cuda_without_a_device(self) -> None:
         found = by_device(list_mlx(self.fake(cuda=0)))
+        assert (found["cpu"].status, found["cuda"].status) == ("found", "no device")
+
+    def test_cuda_that_does_not_start(self) -> None:
+        def fail(kind: str) -> None:
+            raise RuntimeError("cudaGetDeviceCount failed: CUDA driver version is insufficient")
+
+        mx = self.fake(cuda=1)
+        mx.device_count = fail
+        found = by_device(list_mlx(mx))
         assert (found["cpu"].status, found["cuda"].status) == ("found", "no device")
 
     def test_an_mlx_that_tells_nothing(self) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phirt.backends import ort_plugins
 from phirt.backends.onnxruntime import adapter, providers
 from phirt.backends.onnxruntime import cache as onnxruntime_cache
 from phirt.backends.onnxruntime.adapter import OnnxRuntimeBackend, OrtModel
@@ -70,8 +71,8 @@ def plugins(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
     monkeypatch.setattr(providers, "_is_installed", lambda module: module in found)
     monkeypatch.setattr(providers, "_module_names", lambda: list(found))
-    monkeypatch.setattr(providers, "_import_plugin", load)
-    monkeypatch.setattr(providers, "_registered", {})
+    monkeypatch.setattr(ort_plugins, "_import_plugin", load)
+    monkeypatch.setattr(ort_plugins, "_registered", {})
     return found
 
 
@@ -146,7 +147,7 @@ class TestNames:
         def fail(module: str) -> None:
             raise OSError("no such symbol")
 
-        monkeypatch.setattr(providers, "_import_plugin", fail)
+        monkeypatch.setattr(ort_plugins, "_import_plugin", fail)
         with pytest.raises(BackendBrokenError, match=r"onnxruntime_qnn.*no such symbol"):
             find_provider(FakeRuntime([_CPU]), "npu")
 

@@ -19,6 +19,7 @@ from phirt.backends.onnxruntime_genai import config as genai_config
 from phirt.backends.onnxruntime_genai import session as genai_session
 from phirt.backends.onnxruntime_genai.config import PROVIDERS
 from phirt.backends.onnxruntime_genai.session import translate
+from phirt.backends.probing import disposable_process
 from phirt.build.convert import convert
 from phirt.errors import (
     BackendNotInstalledError,
@@ -513,8 +514,10 @@ class TestDevices:
         )
         monkeypatch.setattr(adapter, "import_runtime", lambda *a, **k: fake)
         card = Hardware(native="CUDA 0", name="NVIDIA L4")
-        monkeypatch.setattr(ort_devices, "cuda_devices", lambda: [card])
-        found = {entry.device: entry for entry in OnnxRuntimeGenaiBackend().probe()}
+        monkeypatch.setattr(ort_devices, "open_driver", lambda: [card])
+        monkeypatch.setattr(ort_devices, "cuda_devices", list)
+        with disposable_process():
+            found = {entry.device: entry for entry in OnnxRuntimeGenaiBackend().probe()}
         assert (found["cuda"].status, found["cuda"].hardware) == ("found", card)
         assert found["cuda"].version == "onnxruntime-genai-cuda 9"
         assert "directml" not in found
@@ -527,7 +530,7 @@ class TestDevices:
             __id__="onnxruntime-genai-cuda", __version__="9", disable_telemetry_events=lambda: None
         )
         monkeypatch.setattr(adapter, "import_runtime", lambda *a, **k: fake)
-        monkeypatch.setattr(ort_devices, "cuda_devices", fail)
+        monkeypatch.setattr(ort_devices, "open_driver", fail)
         found = {entry.device: entry for entry in OnnxRuntimeGenaiBackend().probe()}
         assert found["cuda"].status == "no device"
         assert "NVIDIA's driver finds no device" in found["cuda"].reason

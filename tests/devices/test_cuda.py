@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from phirt.devices.cuda import cuda_devices
+from phirt.devices.cuda import cuda_devices, open_driver
 from phirt.errors import BackendBrokenError, DeviceNotAvailableError
 from phirt.types import Hardware
 
@@ -58,7 +58,7 @@ class FakeDriver:
 
 
 def test_a_device() -> None:
-    assert cuda_devices(lambda name: FakeDriver()) == [
+    assert cuda_devices(FakeDriver()) == [
         Hardware(
             native="CUDA 0",
             name="NVIDIA H100 80GB HBM3",
@@ -72,7 +72,7 @@ def test_a_device() -> None:
 
 
 def test_devices_are_numbered() -> None:
-    found = cuda_devices(lambda name: FakeDriver(count=2))
+    found = cuda_devices(FakeDriver(count=2))
     assert [(each.native, each.pci) for each in found] == [
         ("CUDA 0", "0000:28:00.0"),
         ("CUDA 1", "0000:29:00.0"),
@@ -86,24 +86,25 @@ def test_a_property_that_fails_leaves_the_rest() -> None:
         def cuDeviceTotalMem_v2(self, size: Any, device: Any) -> int:  # noqa: N802
             return 999
 
-    (found,) = cuda_devices(lambda name: Half())
+    (found,) = cuda_devices(Half())
     assert (found.name, found.memory_bytes, found.uuid) == ("NVIDIA H100 80GB HBM3", None, None)
 
 
-def test_no_driver() -> None:
+def test_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise OSError(f"{name}: cannot open shared object file")
 
+    monkeypatch.setattr(ctypes, "CDLL", fail)
     with pytest.raises(DeviceNotAvailableError, match=r"not installed: .*cuda.*cannot open"):
-        cuda_devices(fail)
+        open_driver()
 
 
 @pytest.mark.parametrize("driver", [FakeDriver(init=100), FakeDriver(count=0)])
 def test_a_driver_without_a_device(driver: FakeDriver) -> None:
     with pytest.raises(DeviceNotAvailableError, match="finds no device"):
-        cuda_devices(lambda name: driver)
+        cuda_devices(driver)
 
 
 def test_a_driver_that_does_not_start() -> None:
     with pytest.raises(BackendBrokenError, match=r"SYSTEM_DRIVER_MISMATCH\. Restart"):
-        cuda_devices(lambda name: FakeDriver(init=803))
+        cuda_devices(FakeDriver(init=803))

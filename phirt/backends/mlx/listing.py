@@ -23,9 +23,17 @@ def device_names(mx: Any) -> list[str]:
     if mx.metal.is_available():
         names.append("metal")
     if mx.cuda.is_available():
-        count = mx.device_count(mx.gpu)
+        count = _count(mx)
         names += ["cuda"] if count == 1 else [f"cuda:{index}" for index in range(count)]
     return names
+
+
+def _count(mx: Any) -> int:
+    try:
+        return int(mx.device_count(mx.gpu))
+    # It starts CUDA, which fails in ways of its own.
+    except Exception:
+        return 0
 
 
 def list_devices(mx: Any) -> list[Availability]:

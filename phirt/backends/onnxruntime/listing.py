@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from phirt.backends.onnxruntime.providers import Provider, installed, registered_devices
+from phirt.backends.onnxruntime.providers import Provider, installed
 from phirt.backends.ort_devices import (
     DIRECTML,
     WEBGPU,
@@ -13,6 +13,7 @@ from phirt.backends.ort_devices import (
     ep_devices,
     listed_entries,
 )
+from phirt.backends.ort_plugins import plugin_entries
 from phirt.protocols import Availability
 from phirt.types import Hardware
 
@@ -22,8 +23,7 @@ __all__ = ["list_devices"]
 def list_devices(ort: Any) -> list[Availability]:
     """Every device of an installed provider, none of them tried.
 
-    No plugin is loaded for it: loading one starts drivers, and shows at a load or a trial
-    whether there is a device.
+    Plugins are loaded, and CUDA's driver started, only in a `disposable_process`.
 
     Args:
         ort: The onnxruntime module.
@@ -44,25 +44,14 @@ def _entries(ort: Any, row: Provider) -> list[Availability]:
     reason = ", ".join(filter(None, (version, row.module, row.name)))
     if row.is_cpu:
         hardware = next(map(describe, ep_devices(ort, row.name)), Hardware(native="CPU"))
-        return [_found(row, reason, version, hardware)]
+        reason += ": not tried"
+        return [Availability(row.device, "found", reason, version=version, hardware=hardware)]
     if row.module is None and row.memory == "cuda":
         return cuda_entries(row.device, version=version, reason=reason)
     if row.module is None and row.name in (DIRECTML, WEBGPU):
         return listed_entries(ort, row.name, row.device, version=version, reason=reason)
-    devices = registered_devices(ort, row)
-    if devices is None:
-        return [_found(row, reason, version, None)]
-    if not devices:
-        reason += ": it is loaded, and finds no such device"
-        return [Availability(row.device, "no device", reason, version=version)]
-    return [
-        _found(row, reason, version, describe(each, index), None if len(devices) == 1 else index)
-        for index, each in enumerate(devices)
-    ]
-
-
-def _found(
-    row: Provider, reason: str, version: str, hardware: Hardware | None, index: int | None = None
-) -> Availability:
-    device = row.device if index is None else f"{row.device}:{index}"
-    return Availability(device, "found", f"{reason}: not tried", version=version, hardware=hardware)
+    if row.module is not None:
+        return plugin_entries(
+            ort, row.module, row.hardware, kind=row.device, version=version, reason=reason
+        )
+    return [Availability(row.device, "found", f"{reason}: not tried", version=version)]

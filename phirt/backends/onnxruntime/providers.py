@@ -8,25 +8,17 @@ from __future__ import annotations
 
 import importlib.util
 import pkgutil
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from phirt.backends.ort_plugins import plugin_devices
 from phirt.backends.placement import place_nodes
 from phirt.devices.names import DeviceName
-from phirt.errors import BackendBrokenError, DeviceNotAvailableError
+from phirt.errors import DeviceNotAvailableError
 from phirt.protocols import Placement
-from phirt.silence import import_silently
 
-__all__ = [
-    "Provider",
-    "add_to",
-    "find_provider",
-    "installed",
-    "read_placement",
-    "registered_devices",
-]
+__all__ = ["Provider", "add_to", "find_provider", "installed", "read_placement"]
 
 _CPU = "CPUExecutionProvider"
 _PREFIX = "onnxruntime_ep_"
@@ -209,11 +201,6 @@ def read_placement(inference: Any, provider: Provider, device: str) -> Placement
     return place_nodes(nodes, device=device, provider=provider.name)
 
 
-def registered_devices(ort: Any, provider: Provider) -> list[Any] | None:
-    """The devices of a plugin's provider, or None where its library is not loaded."""
-    return _plugin_devices(ort, provider) if provider.module in _registered else None
-
-
 def _rows() -> Iterator[Provider]:
     yield from _TABLE
     for name in _module_names():
@@ -231,43 +218,8 @@ def _is_installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _import_plugin(module: str) -> Any:
-    return import_silently(module)
-
-
-_registered: dict[str, tuple[str, ...]] = {}
-_lock = threading.Lock()
-
-
-def _plugin_names(ort: Any, module: str) -> tuple[str, ...]:
-    """Names of a plugin's providers; its library is registered once per process.
-
-    Raises:
-        BackendBrokenError: The plugin is installed and cannot be loaded.
-    """
-    with _lock:
-        if module not in _registered:
-            try:
-                plugin = _import_plugin(module)
-                ort.register_execution_provider_library(module, plugin.get_library_path())
-                _registered[module] = tuple(plugin.get_ep_names())
-            # A native library may raise anything at all while it initialises.
-            except Exception as error:
-                raise BackendBrokenError(
-                    f"Backend 'onnxruntime': the plugin {module!r} is installed, but loading it "
-                    f"failed with {type(error).__name__}: {error}. Reinstall it, in a version "
-                    f"made for onnxruntime {ort.__version__}."
-                ) from error
-        return _registered[module]
-
-
 def _plugin_devices(ort: Any, provider: Provider) -> list[Any]:
     """The devices that a plugin offers for a row of the table."""
     if provider.module is None:
         return []
-    names = _plugin_names(ort, provider.module)
-    return [
-        found
-        for found in ort.get_ep_devices()
-        if found.ep_name in names and provider.hardware in (None, found.device.type.name)
-    ]
+    return plugin_devices(ort, provider.module, provider.hardware)

@@ -7,6 +7,7 @@ from typing import Any
 from phirt.backends.importing import import_runtime
 from phirt.backends.onnxruntime_genai.config import PROVIDERS, Provider
 from phirt.backends.ort_devices import DIRECTML, WEBGPU, cuda_entries, listed_entries
+from phirt.backends.ort_plugins import plugin_entries
 from phirt.errors import BackendBrokenError, BackendNotInstalledError
 from phirt.protocols import Availability
 from phirt.types import Hardware
@@ -14,6 +15,8 @@ from phirt.types import Hardware
 __all__ = ["list_devices"]
 
 _BACKEND = "onnxruntime-genai"
+# Which devices of a plugin that serves several kinds.
+_HARDWARE = {"openvino-cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
 
 
 def list_devices(og: Any) -> list[Availability]:
@@ -37,9 +40,18 @@ def _entries(kind: str, provider: Provider, version: str) -> list[Availability]:
     reason = " and ".join([version, *([beside] if beside else [])])
     if kind == "cuda":
         return cuda_entries(kind, version=version, reason=reason)
-    is_inside = not provider.has_plugin and provider.execution_provider in (DIRECTML, WEBGPU)
-    ort = _onnxruntime() if is_inside else None
-    if ort is not None:
+    ort = _onnxruntime()
+    if ort is not None and provider.plugin is not None and provider.has_plugin:
+        return plugin_entries(
+            ort,
+            provider.plugin,
+            _HARDWARE.get(kind),
+            kind=kind,
+            version=version,
+            reason=reason,
+            backend=_BACKEND,
+        )
+    if ort is not None and provider.execution_provider in (DIRECTML, WEBGPU):
         return listed_entries(
             ort, provider.execution_provider, kind, version=version, reason=reason
         )
