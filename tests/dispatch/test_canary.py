@@ -189,24 +189,6 @@ def test_logits_that_are_wrong_are_found(fault, tiny):
     assert run_canary(changed(loaded, FAULTS[fault]()), canary_of(folder)) > TOLERANCE
 
 
-def test_logits_a_tenth_too_large_are_found_where_they_matter(tmp_path):
-    """The random head is flat, so that a tenth changes little; a trained one is not."""
-    source = write_tiny_checkpoint(tmp_path / "source", "llama")
-    data = bytearray((source / "model.safetensors").read_bytes())
-    size = int.from_bytes(data[:8], "little")
-    start, end = json.loads(data[8 : 8 + size])["lm_head.weight"]["data_offsets"]
-    head = np.frombuffer(bytes(data[8 + size + start : 8 + size + end]), "<f4") * np.float32(3)
-    data[8 + size + start : 8 + size + end] = head.tobytes()
-    (source / "model.safetensors").write_bytes(data)
-    out = tmp_path / "out"
-    out.mkdir()
-    convert(source, out, layout="safetensors", precision="fp32")
-    folder, loaded = load(out, "reference")
-    canary = canary_of(folder)
-    assert run_canary(loaded, canary) < 1e-5
-    assert run_canary(changed(loaded, lambda logits, length: logits * 1.1), canary) > TOLERANCE
-
-
 @pytest.mark.model
 @pytest.mark.parametrize("precision", ["fp32", "int8", "int4"])
 def test_the_real_model_a_tenth_too_large(precision, smollm2_gguf):

@@ -79,6 +79,13 @@ class TestDivergence:
         q[:, 20:] += 1
         assert mean_kl(make_canary(TOKENS, p), q) > 0.01
 
+    @pytest.mark.parametrize("factor", [0.9, 1.1])
+    def test_a_tenth_of_a_logit_shows_in_probabilities_as_language_has_them(self, factor):
+        """Zipf's law: the i-th word has a probability near 1 / i (tiny random models have not)."""
+        ranks = np.random.default_rng(0).permuted(np.tile(np.arange(1, 30_001), (8, 1)), axis=-1)
+        logits = -np.log(ranks).astype(np.float32)
+        assert mean_kl(make_canary(TOKENS, logits), logits * np.float32(factor)) > 0.02
+
     @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
     def test_one_logit_that_is_not_finite_is_infinitely_wrong(self, value):
         canary, logits = make_canary(TOKENS, random_logits()), random_logits()
