@@ -33,7 +33,7 @@ def diagnose(
         progress: Told how far hashing has come.
 
     Returns:
-        The findings: by severity, and within it by area.
+        All that was looked at, by severity, and within it by area.
     """
     # Before the machine is asked: what phirt turns off then must not look as if the user had.
     telemetry = list(examine_telemetry())
