@@ -130,7 +130,9 @@ def _row(row: DeviceBackend, *, width: int, is_cpu: bool) -> Iterator[Line]:
         (f"  {row.status:<12}", _STYLES[row.status]),
         (plain(f"{row.backend:<18} {row.device:<13} {version}").rstrip(), ""),
     ]
-    if row.status != "ready":
+    # Of what was never installed, the command says it all.
+    is_plain = row.status == "missing" and row.version is None and row.fix is not None
+    if row.status != "ready" and not is_plain:
         yield from paragraph(row.reason, width=width, indent=14)
     if row.fix:
         yield from paragraph(row.fix, width=width, indent=14, style="cyan")

@@ -15,7 +15,7 @@ from phirt.devices.device import Device, DeviceBackend
 from phirt.devices.machine import BackendRecord, Machine, PciDevice
 from phirt.devices.names import DeviceName
 from phirt.devices.rows import backend_rows, offer_row
-from phirt.devices.serving import CHOOSERS, CPU_NAMES, VENDORS, find_serving
+from phirt.devices.serving import CHOOSERS, CPU_NAMES, VENDORS, Serving, find_serving
 from phirt.types import Availability, Hardware
 
 __all__ = ["devices_of", "to_try"]
@@ -213,7 +213,7 @@ def _cpu(machine: Machine) -> Device:
             for offer in record.listing
             if DeviceName.parse(offer.device).kind in CPU_NAMES and offer.status != "missing"
         ]
-        serving = find_serving(record.backend, kind="cpu", system=machine.system)
+        serving = _serving(machine, record, kind="cpu")
         rows += offers or backend_rows(machine, record, serving, kind="cpu")
     return Device(
         device="cpu",
@@ -255,9 +255,7 @@ def _device(machine: Machine, group: _Group) -> Device | None:
 
 def _rows(machine: Machine, group: _Group) -> Iterator[DeviceBackend]:
     for record in machine.backends:
-        serving = find_serving(
-            record.backend, kind=group.kind, vendor=group.vendor, system=machine.system
-        )
+        serving = _serving(machine, record, kind=group.kind, vendor=group.vendor)
         offers = [offer for known, offer in group.offers if known is record]
         numbered = {DeviceName.parse(offer.device).kind for offer in offers if ":" in offer.device}
         # "cuda" beside "cuda:0" is one name too many.
@@ -269,3 +267,15 @@ def _rows(machine: Machine, group: _Group) -> Iterator[DeviceBackend]:
         if not rows and serving is not None and group.pci is not None:
             rows = backend_rows(machine, record, serving, kind=group.kind)
         yield from rows
+
+
+def _serving(
+    machine: Machine, record: BackendRecord, *, kind: str, vendor: str | None = None
+) -> Serving | None:
+    return find_serving(
+        record.backend,
+        kind=kind,
+        vendor=vendor,
+        system=machine.system,
+        architecture=machine.cpu.architecture,
+    )

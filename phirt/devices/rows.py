@@ -76,7 +76,8 @@ def backend_rows(
         if status == "missing" and serving is not None:
             reason, fix = "Its runtime is not installed.", serving.fix(machine.distributions)
         elif status == "missing" and is_known(record.backend):
-            reason, fix = f"It has no version for {_SYSTEMS[machine.system]}.", None
+            here = f"{_SYSTEMS.get(machine.system, machine.system)} on {machine.cpu.architecture}"
+            reason, fix = f"It has no version for {here}.", None
     elif serving is None or kind == "cpu":
         return []  # It works, and is not for this device.
     elif serving.is_installed(machine.distributions):

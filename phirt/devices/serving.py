@@ -69,6 +69,7 @@ class Serving:
         kind: Kind of the device.
         vendors: Whose devices; empty for anybody's.
         systems: On which systems.
+        architectures: On which processors; empty for any.
         extra: The extra of phirt's that brings it, or None.
         install: What brings it where no extra of phirt's does.
         brings: Distributions that bring it; with none of them installed, it is missing.
@@ -81,6 +82,7 @@ class Serving:
     kind: Literal["cpu", "gpu", "npu"]
     vendors: tuple[str, ...] = ()
     systems: tuple[str, ...] = _ANYWHERE
+    architectures: tuple[str, ...] = ()
     extra: str | None = None
     install: str | None = None
     brings: tuple[str, ...]
@@ -107,12 +109,14 @@ class Serving:
 
 
 def find_serving(
-    backend: str, *, kind: str, vendor: str | None = None, system: str
+    backend: str, *, kind: str, vendor: str | None = None, system: str, architecture: str
 ) -> Serving | None:
     """The way of a backend to a device, or None where there is none."""
     for row in _TABLE:
-        is_wanted = (row.backend, row.kind) == (backend, kind) and system in row.systems
-        if is_wanted and (not row.vendors or vendor in row.vendors):
+        if (row.backend, row.kind) != (backend, kind) or system not in row.systems:
+            continue
+        is_built = not row.architectures or architecture in row.architectures
+        if is_built and (not row.vendors or vendor in row.vendors):
             return row
     return None
 
@@ -164,7 +168,23 @@ _TABLE = (
         brings=("onnxruntime-qnn",),
         driver=_WINDOWS_DRIVER,
     ),
-    Serving(backend="openvino", device="cpu", kind="cpu", extra="openvino", brings=("openvino",)),
+    Serving(
+        backend="openvino",
+        device="cpu",
+        kind="cpu",
+        systems=("linux", "macos"),
+        extra="openvino",
+        brings=("openvino",),
+    ),
+    Serving(
+        backend="openvino",
+        device="cpu",
+        kind="cpu",
+        systems=("windows",),
+        architectures=("x86_64",),
+        extra="openvino",
+        brings=("openvino",),
+    ),
     Serving(
         backend="openvino",
         device="gpu",
@@ -218,10 +238,14 @@ _TABLE = (
         driver=_WINDOWS_DRIVER,
     ),
     Serving(
+        backend="mlx", device="cpu", kind="cpu", systems=("linux",), extra="mlx", brings=("mlx",)
+    ),
+    Serving(
         backend="mlx",
         device="cpu",
         kind="cpu",
-        systems=("linux", "macos"),
+        systems=("macos",),
+        architectures=("arm64",),
         extra="mlx",
         brings=("mlx",),
     ),

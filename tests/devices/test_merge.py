@@ -178,7 +178,7 @@ class TestCpu:
 
     def test_no_command_installs_what_a_system_does_not_have(self):
         (cpu,) = devices_of(make_machine(missing("mlx"), system="windows"))
-        assert row_of(cpu, "mlx").reason == "It has no version for Windows."
+        assert row_of(cpu, "mlx").reason == "It has no version for Windows on x86_64."
         assert row_of(cpu, "mlx").fix is None
 
 

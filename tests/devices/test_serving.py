@@ -31,7 +31,7 @@ def test_an_extra_installs_what_its_row_says(row):
 def test_every_built_in_backend_serves_a_cpu_somewhere():
     for name in backend_names():
         if is_known(name):
-            assert find_serving(name, kind="cpu", system="linux") is not None
+            assert find_serving(name, kind="cpu", system="linux", architecture="x86_64") is not None
 
 
 @pytest.mark.parametrize(
@@ -45,18 +45,30 @@ def test_every_built_in_backend_serves_a_cpu_somewhere():
         ("openvino", "gpu", "nvidia", "linux", None),
         ("mlx", "gpu", "apple", "macos", "metal"),
         ("mlx", "cpu", None, "windows", None),
+        ("openvino", "cpu", None, "windows", "cpu"),
         ("transformers", "gpu", "amd", "linux", "cuda"),
         ("transformers", "gpu", "amd", "windows", None),
         ("nobody", "gpu", "nvidia", "linux", None),
     ],
 )
 def test_which_way_a_backend_has_to_a_device(backend, kind, vendor, system, device):
-    row = find_serving(backend, kind=kind, vendor=vendor, system=system)
+    architecture = "arm64" if system == "macos" else "x86_64"
+    row = find_serving(backend, kind=kind, vendor=vendor, system=system, architecture=architecture)
     assert (None if row is None else row.device) == device
 
 
+@pytest.mark.parametrize(
+    ("backend", "system", "architecture"),
+    [("openvino", "windows", "arm64"), ("mlx", "macos", "x86_64")],
+)
+def test_a_system_may_lack_a_build_for_its_processor(backend, system, architecture):
+    assert find_serving(backend, kind="cpu", system=system, architecture=architecture) is None
+
+
 def test_a_command_names_only_what_is_installed_to_be_removed():
-    row = find_serving("onnxruntime", kind="gpu", vendor="nvidia", system="linux")
+    row = find_serving(
+        "onnxruntime", kind="gpu", vendor="nvidia", system="linux", architecture="x86_64"
+    )
     assert row is not None
     assert row.fix({}) == 'python -m pip install "phirt[cuda]"'
     both = {"onnxruntime": "1", "onnxruntime-directml": "1", "openvino": "1"}
