@@ -19,6 +19,7 @@ from phirt.backends.importing import import_runtime, unavailable
 from phirt.backends.onnx_nodes import read_nodes, supported_context
 from phirt.backends.onnxruntime.errors import translate_load
 from phirt.backends.onnxruntime.graph import describe_graph
+from phirt.backends.onnxruntime.libraries import check_opened, open_libraries
 from phirt.backends.onnxruntime.listing import list_devices
 from phirt.backends.onnxruntime.memory import DeviceMemory, HostMemory
 from phirt.backends.onnxruntime.options import Settings, session_options
@@ -137,7 +138,9 @@ class OrtModel(BaseModel):
         self._provider = provider
         self._settings = settings
         self._path = path
+        open_libraries(ort, provider)
         self.inference: Any = self._open(os.fspath(path))
+        check_opened(ort, self.inference, provider, device)
         self._placement = read_placement(self.inference, provider, device)
         self.graph = describe_graph(self.inference, folder)
         self.memory = (
