@@ -47,6 +47,7 @@ from phirt.model import Model, load
 from phirt.planning import plan
 from phirt.remote import PullPlan
 from phirt.stream import Generation, Token, TokenLogprobs, TokenStream
+from phirt.tuning import Tuning, TuningFailure, tune
 from phirt.types import Progress
 
 __all__ = [
@@ -80,6 +81,8 @@ __all__ = [
     "Token",
     "TokenLogprobs",
     "TokenStream",
+    "Tuning",
+    "TuningFailure",
     "UnknownBackendError",
     "UnsafeModelError",
     "UnsupportedModelError",
@@ -90,6 +93,7 @@ __all__ = [
     "load",
     "plan",
     "pull",
+    "tune",
 ]
 
 # `devices` is the function here: of the package of that name, code imports modules and names,

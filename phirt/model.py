@@ -24,12 +24,13 @@ from phirt.generation.params import GenerationParams
 from phirt.generation.params_resolved import GenerationDefaults
 from phirt.generation.score import score_tokens
 from phirt.models.folder import ModelFolder
-from phirt.planning import check_settings, name_of, prepare
+from phirt.planning import Prepared, check_settings, name_of, prepare
 from phirt.protocols import LoadedModel, LoadOptions, Placement
 from phirt.remote import Announce
 from phirt.stream import Generation, TokenStream
 from phirt.text.chat import ChatTemplate
 from phirt.text.tokenizer import Tokenizer
+from phirt.tuning import time_candidates
 from phirt.types import ChatMessage, FloatArray, ProgressCallback, PromptLike
 
 __all__ = ["Model", "load"]
@@ -50,6 +51,7 @@ def load(
     options: Mapping[str, Any] | None = None,
     offline: bool = False,
     failover: bool = False,
+    tune: bool = False,
     progress: ProgressCallback | None = None,
     announce: Announce | None = None,
 ) -> Model:
@@ -84,6 +86,8 @@ def load(
         failover: Where the backend fails in the middle of a generation, go on with the next
             candidate of the plan: see docs/failover.md. Needs ``"auto"`` as ``device`` or
             ``backend``.
+        tune: Time every candidate first that was not measured on this machine yet, and
+            choose by that: minutes, once. `phirt.tune` does the same, and tells what came.
         progress: Called as a download or a conversion advances.
         announce: Called with a `phirt.PullPlan` before something is downloaded. What it
             raises ends the load.
@@ -108,21 +112,29 @@ def load(
         check_failover(device=device, backend=backend)
     machine = machine_for(backend)
     check_offered(machine, device=device, backend=backend)
-    started = time.perf_counter()
-    prepared = prepare(
-        model,
-        machine=machine,
-        request=PlanRequest(
-            model=name_of(model),
-            device=device,
-            backend=backend,
-            precision=precision,
-            optimize=optimize,
-        ),
-        context=context,
-        offline=offline,
-        progress=progress,
+    request = PlanRequest(
+        model=name_of(model),
+        device=device,
+        backend=backend,
+        precision=precision,
+        optimize=optimize,
     )
+
+    def planned() -> Prepared:
+        return prepare(
+            model,
+            machine=machine,
+            request=request,
+            context=context,
+            offline=offline,
+            progress=progress,
+        )
+
+    started = time.perf_counter()
+    prepared = planned()
+    if tune and time_candidates(prepared, announce=announce):
+        started = time.perf_counter()
+        prepared = planned()
     located: list[Path] = []
 
     def find_folder(candidate: PlanCandidate) -> ModelFolder:

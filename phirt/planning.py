@@ -87,6 +87,7 @@ def plan_on(
     context: int | None,
     optimize: Optimize,
     offline: bool,
+    progress: ProgressCallback | None = None,
 ) -> Prepared:
     """`plan`, on this machine or on that of a record, and what it was made of.
 
@@ -99,6 +100,7 @@ def plan_on(
         context: Tokens.
         optimize: A workload.
         offline: Never touch the network.
+        progress: Called where a form of the model is converted later on.
     """
     check_settings(model, precision=precision, context=context, optimize=optimize)
     if backend != "auto":
@@ -116,7 +118,7 @@ def plan_on(
         ),
         context=context,
         offline=offline,
-        progress=None,
+        progress=progress,
         # The runtimes of another machine are not here to be asked.
         ask_adapters=machine is None,
     )

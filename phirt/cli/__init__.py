@@ -26,6 +26,7 @@ from phirt.cli.rm import remove
 from phirt.cli.run import run
 from phirt.cli.show import show
 from phirt.cli.terminal import is_broken_pipe, open_log, plain, use_utf8
+from phirt.cli.tune import print_tuning
 from phirt.cli.verify import verify
 from phirt.errors import PhirtError
 
@@ -44,6 +45,7 @@ _COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
     "rm": remove,
     "gc": collect,
     "devices": print_devices,
+    "tune": print_tuning,
     "doctor": doctor,
 }
 

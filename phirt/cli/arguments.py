@@ -11,6 +11,7 @@ from phirt.cli.device_arguments import add_devices
 from phirt.cli.doctor_arguments import add_doctor
 from phirt.cli.plan_arguments import add_plan
 from phirt.cli.store_arguments import add_store_commands, add_target
+from phirt.cli.tune_arguments import add_tune
 
 __all__ = ["UsageError", "parse"]
 
@@ -44,6 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_store_commands(commands)
     add_devices(commands)
     add_plan(commands)
+    add_tune(commands)
     add_doctor(commands)
     return parser.parse_args(argv)
 
