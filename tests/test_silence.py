@@ -281,31 +281,32 @@ class Traces:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._running: dict[str, tuple[subprocess.Popen[str], Path]] = {}
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, name: str, program: str, *arguments: str) -> None:
         home = self._folder / name
         home.mkdir()
-        trace = home / "trace"
         watched = ["strace", "-f", "-qq", "-e", "trace=network", "-e", "signal=none", "-o"]
-        command = ["unshare", "-rn", *watched, str(trace), sys.executable, "-c", program]
-        self._running[name] = (
-            subprocess.Popen(
-                [*command, *arguments],
-                env=environment(home),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            ),
-            trace,
-        )
+        command = ["unshare", "-rn", *watched, str(home / "trace"), sys.executable, "-c", program]
+        with (home / "out").open("wb") as out, (home / "err").open("wb") as err:
+            self._running[name] = subprocess.Popen(
+                [*command, *arguments], env=environment(home), stdout=out, stderr=err
+            )
 
     def finish(self, name: str) -> tuple[str, list[str]]:
         """What a program printed, and the calls in which it reached out."""
-        process, trace = self._running[name]
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        return out, reaching_out(trace.read_text(encoding="utf-8"))
+        status = self._running[name].wait(timeout=300)
+        out, err, trace = (
+            (self._folder / name / file).read_text(encoding="utf-8")
+            for file in ("out", "err", "trace")
+        )
+        assert status == 0, err
+        return out, reaching_out(trace)
+
+    def close(self) -> None:
+        for process in self._running.values():
+            process.kill()
+            process.wait()
 
 
 def reaching_out(trace: str) -> list[str]:
@@ -323,7 +324,7 @@ def reaching_out(trace: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def traces(tmp_path_factory: pytest.TempPathFactory, tiny_gguf: Path) -> Traces:
+def traces(tmp_path_factory: pytest.TempPathFactory, tiny_gguf: Path) -> Iterator[Traces]:
     """All programs of this file's last tests: each waits for what a runtime sends late."""
     missing = what_is_missing()
     if missing is not None:
@@ -332,7 +333,8 @@ def traces(tmp_path_factory: pytest.TempPathFactory, tiny_gguf: Path) -> Traces:
     traces.start("loud", "import openvino, time; time.sleep(1)")
     for backend in BACKENDS:
         traces.start(backend, GENERATE, backend, str(tiny_gguf), str(UNTIL_SENT_S))
-    return traces
+    yield traces
+    traces.close()
 
 
 @pytest.mark.slow
