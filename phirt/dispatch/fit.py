@@ -1,10 +1,17 @@
-"""Whether a model fits in memory, reckoned before its weights are read."""
+"""Whether a model fits in memory, reckoned before its weights are read.
+
+The formula, and how far it is from what was measured, is in docs/memory.md.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+from phirt.dispatch.footprint import TOKENIZER, TOKENIZER_PARSED, Footprint, footprint_of
 from phirt.dispatch.plan import MemoryNeed
-from phirt.dispatch.shape import ModelShape, shape_of, shape_of_config, weights_bytes
+from phirt.dispatch.shape import ModelShape, bits_of, shape_of, shape_of_config, weights_bytes
 from phirt.errors import OutOfMemoryError
+from phirt.models.variants import megabytes
 
 __all__ = [
     "ModelShape",
@@ -15,8 +22,14 @@ __all__ = [
     "weights_bytes",
 ]
 
-_CHUNK = 512  # tokens of a prompt that one call of the model takes
-_RUNTIME = 100 << 20
+# Kinds of devices that compute in the host's memory.
+_ON_HOST = ("cpu", "metal", "openvino-auto", "openvino-cpu")
+# What a driver takes of a device's memory for a process that computes there: a few hundred MB
+# under CUDA, by NVIDIA's forums. Not measured.
+_DEVICE_CONTEXT = 500_000_000
+_HALF = ("fp16", "bf16")
+_ROUND = 64  # tokens to which a context that would fit is rounded
+_THREAD = 1 << 18  # of each thread, measured with onnxruntime from 2 to 16
 
 
 def predict_memory(
@@ -31,7 +44,11 @@ def predict_memory(
     threads: int | None = None,
     free: int | None,
 ) -> MemoryNeed:
-    """The memory that a load, and a sequence of ``context`` tokens, are predicted to take.
+    """The most memory that a load, and one sequence of ``context`` tokens, will take.
+
+    On the host it is what the process's resident memory grows by, at its highest, from
+    ``import phirt`` on. On a device with memory of its own it is what is taken there, and what
+    the host has beside it is `MemoryNeed.host`; that part is not measured.
 
     Args:
         shape: The decoder.
@@ -44,20 +61,69 @@ def predict_memory(
         threads: As in `LoadOptions`.
         free: What is free where they will be, or None where nobody tells.
     """
-    del backend, device_kind, layout, precision, threads
-    rows = 1 if shape.prunes_logits else _CHUNK
-    workspace = (
-        _RUNTIME
-        + 4 * rows * shape.vocab_size
-        + 4 * _CHUNK * (4 * shape.hidden_size + 3 * shape.intermediate_size)
-    )
-    return MemoryNeed(
-        weights=weights_bytes,
-        kv=4 * shape.kv_values * context,
-        workspace=workspace,
-        context=context,
-        free=free,
-    )
+    held = footprint_of(backend)
+    precision = precision or shape.likely_precision(weights_bytes)
+    on_host = device_kind in _ON_HOST
+    table = _table_bytes(shape, precision, weights_bytes)
+    tables = _tables(held, shape, layout).get(precision, 0) * table
+    factor = held.kept.get(precision, held.kept[""])
+    kept = max(0, round(weights_bytes * factor) + tables)
+    element = 2 if precision in _HALF and not on_host else 4
+    kv = element * shape.kv_values * context
+    work = _workspace(held, shape, context) + (_copies(held, context) - 1) * kv
+    tokenizer = TOKENIZER * shape.vocab_size
+    if not on_host:
+        return MemoryNeed(
+            weights=weights_bytes,
+            kv=kv,
+            workspace=work + _DEVICE_CONTEXT,
+            context=context,
+            free=free,
+            # The files are read through it, and let go of.
+            host=held.runtime + tokenizer + weights_bytes,
+        )
+    runtime = held.runtime + (threads or 0) * _THREAD
+    running = kept + kv + work + tokenizer
+    parsing = kept + TOKENIZER_PARSED * shape.vocab_size
+    packing = kept + (table if held.packs_head else 0)
+    reading = round(weights_bytes * held.loading.get(precision, 0))
+    total = runtime + max(running, parsing, packing, reading)
+    return MemoryNeed(weights=kept, kv=kv, workspace=total - kept - kv, context=context, free=free)
+
+
+def _tables(held: Footprint, shape: ModelShape, layout: str) -> Mapping[str, int]:
+    """Embeddings that are kept beside the factor, by precision."""
+    if layout in ("safetensors", "mlx"):
+        return {}
+    return held.tables if shape.prunes_logits else held.foreign_tables
+
+
+def _table_bytes(shape: ModelShape, precision: str, size: int) -> int:
+    """Size of an embedding, or LM head, in the files."""
+    values = shape.vocab_size * shape.hidden_size
+    # phirt rounds none to fewer than 8 bits; Model Builder does.
+    bits = max(bits_of(precision) or 32, 8 if shape.prunes_logits else 4)
+    return min(round(values * bits / 8), size)
+
+
+def _chunk(held: Footprint, context: int) -> tuple[int, int]:
+    """Tokens that run at once, and how often, where the context is a prompt."""
+    count = -(-context // held.chunk)
+    return -(-context // count), count
+
+
+def _copies(held: Footprint, context: int) -> int:
+    return held.cache_copies if _chunk(held, context)[1] > 1 else 1
+
+
+def _workspace(held: Footprint, shape: ModelShape, context: int) -> int:
+    """What a chunk of a prompt is computed in."""
+    tokens, count = _chunk(held, context)
+    # In float32: gate, up and their product; and the stream, its norm, queries and attention.
+    activations = 4 * tokens * (3 * shape.intermediate_size + 4 * shape.hidden_size)
+    copies = held.logits_copies[count > 1]
+    logits = 0 if shape.prunes_logits else 4 * copies * tokens * shape.vocab_size
+    return round(held.activations * activations) + logits
 
 
 def check_fit(
@@ -80,12 +146,49 @@ def check_fit(
         precision: How the weights are stored, where that is known.
 
     Raises:
-        OutOfMemoryError: It does not fit.
+        OutOfMemoryError: It does not fit; the message says what would.
     """
     if need.fits or need.free is None:
         return
-    del shape, precision
+    stored = f" in {precision}" if precision else ""
+    advice = _advice(need, shape, backend, precision)
     raise OutOfMemoryError(
-        f"{model!r} with a context of {need.context:,} tokens does not fit on {device!r} with "
-        f"backend {backend!r}: it takes {need.total:,} bytes, and {need.free:,} are free."
+        f"{model!r}{stored} with a context of {need.context:,} tokens, on device {device!r} with "
+        f"backend {backend!r}, needs {megabytes(need.total)}: {megabytes(need.weights)} of "
+        f"weights, {megabytes(need.kv)} of KV cache and {megabytes(need.workspace)} of "
+        f"workspace. {megabytes(need.free)} are free. {advice}"
     )
+
+
+def _advice(need: MemoryNeed, shape: ModelShape, backend: str, precision: str | None) -> str:
+    """What would fit."""
+    ways = []
+    context = _largest_context(need)
+    if context:
+        ways.append(f"a context of {context:,} tokens (context={context})")
+    smaller = _fitting_precision(need, shape, backend, precision)
+    if smaller:
+        ways.append(f'precision="{smaller}", where the model can be converted to it')
+    if ways:
+        return f"What would fit: {', or '.join(ways)}."
+    return "Free memory, or choose a smaller model."
+
+
+def _largest_context(need: MemoryNeed) -> int:
+    """Tokens that the cache would have room for; 0 where there is none for a usable number."""
+    per_token = need.kv / need.context
+    room = int(((need.free or 0) - need.weights - need.workspace) / per_token) if per_token else 0
+    rounded = room // _ROUND * _ROUND
+    return rounded if 0 < rounded < need.context else 0
+
+
+def _fitting_precision(
+    need: MemoryNeed, shape: ModelShape, backend: str, precision: str | None
+) -> str | None:
+    """The best of the backend's smaller precisions that fits."""
+    bits = bits_of(precision or shape.likely_precision(need.weights)) or 32
+    for name in footprint_of(backend).smaller:
+        share = (bits_of(name) or 32) / bits
+        if share < 1 and need.total - need.weights * (1 - share) <= (need.free or 0):
+            return name
+    return None

@@ -46,6 +46,7 @@ class MemoryNeed:
         workspace: The runtime itself and what it computes in.
         context: Tokens that ``kv`` is for.
         free: What is free where they will be, or None where nobody tells.
+        host: What the host's memory holds beside them, where they are in a device's own.
     """
 
     weights: int
@@ -53,6 +54,7 @@ class MemoryNeed:
     workspace: int
     context: int
     free: int | None
+    host: int = 0
 
     @property
     def total(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from phirt.errors import ModelError
 from phirt.models.decoder_config import DecoderConfig
@@ -10,19 +10,19 @@ from phirt.models.folder import ModelFolder
 from phirt.models.huggingface_config import CONFIG_NAME, read_decoder_config
 from phirt.models.layouts import Layout, files_of_weights
 
-__all__ = ["ModelShape", "shape_of", "shape_of_config", "weights_bytes"]
+__all__ = ["ModelShape", "bits_of", "shape_of", "shape_of_config", "weights_bytes"]
 
-# Bits of one weight of a matrix, by layout and precision, as phirt's converters write it: the
-# numbers and their block's scales. What stays in float32 (the embedding in some, the norms,
-# the rotary factors) is in the average over SmolLM2's matrices; docs/memory.md has the sizes.
-_BITS = {
-    "fp32": 32.0,
-    "fp16": 16.0,
-    "bf16": 16.0,
-    "exact": 9.0,
-    "int8": 8.6,
-    "int4": 6.3,
-}
+# Bits of a weight in what phirt's converters write, scales included: files of SmolLM2 by its
+# 134.5 million weights, those of ONNX, which are the larger ones.
+_BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "exact": 9.0, "int8": 8.7, "int4": 6.3}
+
+# Where nobody says how weights are stored, what bits they have on average tells it.
+_LIKELY = ((18.0, "fp32"), (10.0, "fp16"), (5.2, "int8"), (0.0, "int4"))
+
+
+def bits_of(precision: str) -> float | None:
+    """Bits of one weight in a precision of phirt's, on average; None for others."""
+    return _BITS.get(precision)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,8 +38,8 @@ class ModelShape:
         intermediate_size: Width of the MLP.
         vocab_size: Logits per position.
         context_length: Longest sequence that the model was made for, in tokens.
-        num_weights: Weights of its matrices, one embedding counted once where the LM head is
-            the same; None where the folder does not say.
+        num_weights: Weights of its matrices, an embedding that is the LM head counted once;
+            estimated where the folder does not say.
         prunes_logits: Whether a prompt's logits are computed for its last position alone.
     """
 
@@ -51,7 +51,7 @@ class ModelShape:
     intermediate_size: int
     vocab_size: int
     context_length: int
-    num_weights: int | None = None
+    num_weights: int
     prunes_logits: bool = True
 
     @property
@@ -62,20 +62,20 @@ class ModelShape:
     def weights_bytes(self, precision: str) -> int | None:
         """Size of its weights' files in a precision that phirt converts to, estimated.
 
-        None where the number of weights is not known, or the precision is not phirt's.
+        None for a precision that is not phirt's.
         """
-        bits = _BITS.get(precision)
-        if self.num_weights is None or bits is None:
-            return None
-        return round(self.num_weights * bits / 8)
+        bits = bits_of(precision)
+        return None if bits is None else round(self.num_weights * bits / 8)
+
+    def likely_precision(self, weights_bytes: int) -> str:
+        """The precision of weights that take so many bytes."""
+        bits = 8 * weights_bytes / self.num_weights
+        return next(name for least, name in _LIKELY if bits >= least)
 
 
 def shape_of_config(config: DecoderConfig) -> ModelShape:
     """The shape of a decoder whose configuration is known, such as a checkpoint's."""
-    heads = config.num_heads + config.num_kv_heads
-    layer = (2 * heads * config.head_size + 3 * config.intermediate_size) * config.hidden_size
-    tables = (1 if config.tie_word_embeddings else 2) * config.vocab_size * config.hidden_size
-    return ModelShape(
+    return _shape(
         num_layers=config.num_layers,
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
@@ -84,26 +84,32 @@ def shape_of_config(config: DecoderConfig) -> ModelShape:
         intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         context_length=config.context_length,
-        num_weights=config.num_layers * layer + tables,
+        tables=1 if config.tie_word_embeddings else 2,
+        prunes_logits=True,
     )
 
 
 def shape_of(folder: ModelFolder) -> ModelShape:
     """The shape of a model folder, from its small files.
 
-    What they do not say is taken to be as in the decoders of today: as many query heads as
-    key and value heads, an MLP of four times the width.
+    What they do not say is taken to be as in most decoders: heads that side by side are as wide
+    as the stream, an MLP of four times the width, an embedding that is the LM head.
     """
+    # phirt's own graphs compute the logits of the positions that are asked for; so do the
+    # runtimes that read safetensors.
+    prunes = folder.manifest is not None or folder.model_path is None
     try:
-        return shape_of_config(read_decoder_config(folder.artifact.path / CONFIG_NAME))
+        config = read_decoder_config(folder.artifact.path / CONFIG_NAME)
     except ModelError:
-        # Not there, as in Model Builder's folders, or of an architecture that phirt does not
-        # convert; the few facts that running it needs are known all the same.
+        # Not there, as in the folders of Model Builder, or of an architecture that phirt does
+        # not convert. What running the model needs is known all the same.
         pass
+    else:
+        return replace(shape_of_config(config), prunes_logits=prunes)
     facts, spec = folder.facts, folder.decoder
     num_heads = (spec and spec.num_heads) or facts.num_kv_heads
     hidden_size = num_heads * facts.head_size
-    return ModelShape(
+    return _shape(
         num_layers=facts.num_layers,
         num_heads=num_heads,
         num_kv_heads=facts.num_kv_heads,
@@ -112,8 +118,38 @@ def shape_of(folder: ModelFolder) -> ModelShape:
         intermediate_size=4 * hidden_size,
         vocab_size=facts.vocab_size,
         context_length=facts.context_length,
-        # phirt's own graphs compute the logits of the positions that are asked for.
-        prunes_logits=folder.manifest is not None,
+        tables=1,
+        prunes_logits=prunes,
+    )
+
+
+def _shape(
+    *,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    hidden_size: int,
+    intermediate_size: int,
+    vocab_size: int,
+    context_length: int,
+    tables: int,
+    prunes_logits: bool,
+) -> ModelShape:
+    """A shape, its weights counted: attention, the gated MLP, and the tables."""
+    attention = 2 * (num_heads + num_kv_heads) * head_size * hidden_size
+    mlp = 3 * intermediate_size * hidden_size
+    return ModelShape(
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_size=head_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        vocab_size=vocab_size,
+        context_length=context_length,
+        num_weights=num_layers * (attention + mlp) + tables * vocab_size * hidden_size,
+        prunes_logits=prunes_logits,
     )
 
 
