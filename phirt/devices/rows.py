@@ -84,7 +84,7 @@ def backend_rows(
         status, fix = "no-device", serving.driver
         reason = f"{record.version or 'Its runtime'} is installed, and does not find the device."
     else:
-        status, fix = "missing", serving.fix(machine.distributions)
+        status, fix = "missing", serving.build or serving.fix(machine.distributions)
         reason = f"{record.version or 'The runtime that'} is installed, and does not serve it."
     return [
         DeviceBackend(

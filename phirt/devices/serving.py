@@ -74,6 +74,8 @@ class Serving:
         install: What brings it where no extra of phirt's does.
         brings: Distributions that bring it; with none of them installed, it is missing.
         rivals: Distributions that would overwrite them, or be overwritten.
+        build: What to do where the runtime is there in a build that does not serve it, and
+            installing the extra would leave it as it is.
         driver: What to do where it is installed and finds no device.
     """
 
@@ -87,6 +89,7 @@ class Serving:
     install: str | None = None
     brings: tuple[str, ...]
     rivals: tuple[str, ...] = ()
+    build: str | None = None
     driver: str | None = None
 
     def is_installed(self, distributions: Mapping[str, str]) -> bool:
@@ -97,8 +100,6 @@ class Serving:
 
     def fix(self, distributions: Mapping[str, str]) -> str | None:
         """The command that installs it, next to what is installed already."""
-        if "torch" in self.brings and "torch" in distributions:
-            return _TORCH_BUILD
         if self.extra is None:
             return self.install
         command = f'python -m pip install "phirt[{self.extra}]"'
@@ -278,6 +279,7 @@ _TABLE = (
         systems=("linux", "windows"),
         extra="torch",
         brings=("torch",),
+        build=_TORCH_BUILD,
         driver=_NVIDIA_DRIVER,
     ),
     Serving(
@@ -288,6 +290,7 @@ _TABLE = (
         systems=("linux",),
         extra="torch",
         brings=("torch",),
+        build=_TORCH_BUILD,
         driver=_TORCH_BUILD,
     ),
     Serving(
@@ -298,6 +301,7 @@ _TABLE = (
         systems=("linux", "windows"),
         extra="torch",
         brings=("torch",),
+        build=_TORCH_BUILD,
         driver=_TORCH_BUILD,
     ),
     Serving(
@@ -308,6 +312,7 @@ _TABLE = (
         systems=("macos",),
         extra="torch",
         brings=("torch",),
+        build=_TORCH_BUILD,
         driver="torch needs macOS 14 or later for it.",
     ),
     Serving(backend="reference", device="cpu", kind="cpu", brings=("numpy",)),
