@@ -15,7 +15,6 @@ from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -35,7 +34,6 @@ from phirt.models.canary import (
     mean_kl,
 )
 from phirt.models.decoder_config import DecoderConfig
-from phirt.text.tokenizer import Tokenizer
 from phirt.types import FloatArray
 
 __all__ = ["Rounding", "canary_beside", "compute_canary", "encode_canary", "rounding_of"]
@@ -50,45 +48,44 @@ _logger = logging.getLogger(__name__)
 
 @contextmanager
 def canary_beside(
-    checkpoint: Checkpoint, tokenizer_path: Path, rounding: Rounding | None
+    checkpoint: Checkpoint, encode: Callable[[str], Sequence[int]], rounding: Rounding | None
 ) -> Iterator[Callable[[], Canary | None]]:
     """Compute the canary while the caller does something else.
 
     Args:
         checkpoint: The weights; it may be read from two threads.
-        tokenizer_path: The model's tokenizer.json.
+        encode: The model's tokenizer: from text to ids.
         rounding: What the artifact does to the weights, or None for nothing.
 
     Yields:
         A function that waits for the canary, and gives None where there can be none. What it
         has not been called for when the block ends is given up.
     """
+    token_ids = encode_canary(encode, checkpoint.config)
+    if token_ids is None:
+        yield lambda: None
+        return
     stop = threading.Event()
-
-    def compute() -> Canary | None:
-        token_ids = encode_canary(tokenizer_path, checkpoint.config)
-        if token_ids is None:
-            return None
-        return compute_canary(checkpoint, token_ids, rounding, stop=stop)
-
     with ThreadPoolExecutor(1, thread_name_prefix="phirt-canary") as pool:
-        future = pool.submit(compute)
+        future = pool.submit(compute_canary, checkpoint, token_ids, rounding, stop=stop)
         try:
             yield future.result
         finally:
             stop.set()
 
 
-def encode_canary(tokenizer_path: Path, config: DecoderConfig) -> tuple[int, ...] | None:
+def encode_canary(
+    encode: Callable[[str], Sequence[int]], config: DecoderConfig
+) -> tuple[int, ...] | None:
     """The token ids of a model's canary; None where it can have none, which the log explains.
 
     Args:
-        tokenizer_path: Its tokenizer.json.
+        encode: Its tokenizer: from text to ids.
         config: The decoder.
     """
     longest = min(config.context_length, config.rope.boundary or config.context_length)
     try:
-        encoded = Tokenizer.from_file(tokenizer_path).encode(CANARY_TEXT)
+        encoded = encode(CANARY_TEXT)
     except ModelError as error:
         _logger.warning("No canary: %s", error)
         return None

@@ -110,11 +110,10 @@ def convert(
         raise FileExistsError(f"The folder {out_dir} is not empty; an artifact needs its own.")
     with open_source(source, source_id=source_id) as opened:
         watched = _WatchedCheckpoint(opened.checkpoint, progress)
-        opened.write_text_files(out_dir)
         rounding = rounding_of(layout, chosen)
-        tokenizer_path = out_dir / "tokenizer.json"
-        with canary_beside(opened.checkpoint, tokenizer_path, rounding) as wait_for_canary:
+        with canary_beside(opened.checkpoint, opened.encode, rounding) as wait_for_canary:
             packages = _WRITERS[layout](opened, watched, out_dir, chosen)
+            opened.write_text_files(out_dir)
             canary = wait_for_canary()
         if canary is not None:
             write_canary(out_dir, canary)

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from phirt.build.checkpoint import Checkpoint
 from phirt.models.safe_json import read_bytes
+from phirt.text.tokenizer import Tokenizer
 
 __all__ = ["Source", "digest_texts", "open_source"]
 
@@ -48,6 +49,9 @@ class Source(Protocol):
     @property
     def source_id(self) -> str:
         """Identifies the weights as they are stored."""
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the tokenizer's own special tokens."""
 
     def write_text_files(self, out_dir: Path) -> None:
         """Write tokenizer.json and what goes with it."""
@@ -118,6 +122,10 @@ class _FolderSource:
 
             self._id = read_folder(self._path, formats=("safetensors",)).artifact.weights_id
         return self._id
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the tokenizer's own special tokens."""
+        return Tokenizer.from_file(self._path / "tokenizer.json").encode(text)
 
     def write_text_files(self, out_dir: Path) -> None:
         """Copy the folder's."""

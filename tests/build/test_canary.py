@@ -13,7 +13,7 @@ import pytest
 
 from phirt.build import canary as canary_module
 from phirt.build import onnx_precision, openvino_precision
-from phirt.build.canary import canary_beside, compute_canary, encode_canary, rounding_of
+from phirt.build.canary import canary_beside, compute_canary, rounding_of
 from phirt.build.convert import convert
 from phirt.build.gguf.checkpoint import GgufCheckpoint
 from phirt.build.precision import EMBEDDING, FORMAT_PRECISIONS, LOSSLESS, Precision
@@ -233,11 +233,11 @@ class TestConversion:
         assert "No canary" in caplog.text
         assert "context of 15" in caplog.text
 
-    def test_a_tokenizer_that_cannot_encode_is_no_fault(self, source, tmp_path, caplog):
-        damaged = tmp_path / "tokenizer.json"
-        damaged.write_text("{}")
-        with SafetensorsCheckpoint(source) as checkpoint:
-            assert encode_canary(damaged, checkpoint.config) is None
+    def test_a_tokenizer_that_cannot_encode_is_no_fault(self, tmp_path, out_dir, caplog):
+        damaged = write_tiny_checkpoint(tmp_path / "damaged", "llama")
+        (damaged / "tokenizer.json").write_text("{}")
+        convert(damaged, out_dir, layout="safetensors", precision="fp32")
+        assert read_canary(out_dir) is None
         assert "No canary" in caplog.text
 
     def test_weights_whose_logits_overflow_have_none(self, caplog):
@@ -249,13 +249,16 @@ class TestConversion:
         assert "not finite" in caplog.text
 
 
+def encode(text):
+    return TOKENS
+
+
 class TestBesideAWriter:
     def test_what_fails_in_it_fails_the_conversion(self, source):
         with SafetensorsCheckpoint(source) as checkpoint:
             damaged = random_decoder(checkpoint.config)
             del damaged.tensors["model.layers.1.mlp.up_proj.weight"]
-            tokenizer_path = source / "tokenizer.json"
-            with canary_beside(damaged, tokenizer_path, None) as wait, pytest.raises(KeyError):
+            with canary_beside(damaged, encode, None) as wait, pytest.raises(KeyError):
                 wait()
 
     def test_it_is_given_up_where_the_writer_fails(self, source, monkeypatch):
@@ -275,7 +278,7 @@ class TestBesideAWriter:
 
         before = threading.active_count()
         with SafetensorsCheckpoint(source) as checkpoint:
-            beside = canary_beside(checkpoint, source / "tokenizer.json", None)
+            beside = canary_beside(checkpoint, encode, None)
             with pytest.raises(ModelFormatError, match="as a writer would"), beside:
                 write()
         assert threading.active_count() == before

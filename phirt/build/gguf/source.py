@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from phirt.build.gguf.tokenizer import GgufTokenizer, read_tokenizer
 from phirt.build.huggingface_config import config_document
 from phirt.models.decoder_config import DecoderConfig
 from phirt.models.hashing import sha256_of
+from phirt.text.tokenizer import Tokenizer
 
 __all__ = ["GgufSource"]
 
@@ -39,12 +41,13 @@ class GgufSource:
             self._id = f"sha256:{sha256_of(self._path)}"
         return self._id
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, with the tokenizer's own special tokens."""
+        return Tokenizer(self._tokenizer.tokenizer).encode(text)
+
     def write_text_files(self, out_dir: Path) -> None:
         """Write what the file's metadata holds."""
-        # Read here and not before: every load opens the file, to choose a precision, and this
-        # takes four times as long as all else that it looks at.
-        tokenizer = read_tokenizer(self.checkpoint.file, tokens=self.checkpoint.tokens)
-        config = self.checkpoint.config
+        tokenizer, config = self._tokenizer, self.checkpoint.config
         tokenizer.tokenizer.save(str(out_dir / "tokenizer.json"))
         if tokenizer.chat_template is not None:
             template = tokenizer.chat_template.encode()
@@ -52,6 +55,12 @@ class GgufSource:
             (out_dir / "chat_template.jinja").write_bytes(template)
         write_json(out_dir / "tokenizer_config.json", _tokenizer_config(tokenizer, config))
         write_json(out_dir / "generation_config.json", generation_ids(config))
+
+    @cached_property
+    def _tokenizer(self) -> GgufTokenizer:
+        # Not before it is needed: every load opens the file, to choose a precision, and this
+        # takes four times as long as all else that it looks at.
+        return read_tokenizer(self.checkpoint.file, tokens=self.checkpoint.tokens)
 
     def write_config(self, out_dir: Path) -> None:
         """Write the configuration in Hugging Face's words."""
