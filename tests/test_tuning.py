@@ -14,6 +14,11 @@ from tests.installed import require
 SPEEDS = {"onnxruntime": 0.02, "openvino": 0.01}
 
 
+def chosen(plan):
+    assert plan.chosen is not None
+    return plan.chosen
+
+
 @pytest.fixture
 def timed(monkeypatch, own_machine_dir):
     """Takes the place of the timing itself; holds what it was asked for."""
@@ -44,13 +49,15 @@ def timed(monkeypatch, own_machine_dir):
 def test_what_was_measured_decides_from_then_on(timed, tiny_gguf):
     require("onnxruntime")
     require("openvino")
-    assert phirt.plan(tiny_gguf).chosen.backend == "onnxruntime"
+    assert chosen(phirt.plan(tiny_gguf)).backend == "onnxruntime"
     tuned = phirt.tune(tiny_gguf)
-    assert tuned.plan.chosen.backend == "openvino"
-    assert "the fastest that was measured" in tuned.plan.chosen.reason
+    assert chosen(tuned.plan).backend == "openvino"
+    assert "the fastest that was measured" in chosen(tuned.plan).reason
     with phirt.load(tiny_gguf) as model:
         assert model.backend == "openvino"
-        assert model.plan.chosen.speed.setting == Setting(threads=1)
+        speed = chosen(model.plan).speed
+        assert speed is not None
+        assert speed.setting == Setting(threads=1)
 
 
 def test_what_cannot_be_timed_is_told_and_stays_usable(timed, tiny_gguf):
@@ -75,14 +82,14 @@ def test_load_times_what_is_unknown_and_only_once(timed, tiny_gguf):
     require("openvino")
     for _ in range(2):
         with phirt.load(tiny_gguf, backend="openvino", tune=True) as model:
-            assert model.plan.chosen.speed is not None
+            assert chosen(model.plan).speed is not None
     assert len({(task.backend, task.device) for task in timed}) == len(timed)
 
 
 def test_measurements_are_of_the_versions_that_the_plan_looks_for(own_machine_dir, tiny_gguf):
     require("onnxruntime")
     tuned = phirt.tune(tiny_gguf, backend="onnxruntime", device="cpu", quick=True)
-    speed = tuned.plan.chosen.speed
+    speed = chosen(tuned.plan).speed
     assert speed is not None
     (measured,) = tuned.measurements
     longest = measured.points[-1]

@@ -74,17 +74,7 @@ def print_tuning(arguments: argparse.Namespace) -> int:
     return 0 if tuning.measurements else 1
 
 
-_HEADER = (
-    "BACKEND",
-    "DEVICE",
-    "THREADS",
-    "SPIN",
-    "PREFILL/S",
-    "DECODE/S",
-    "ANSWER",
-    "LONG",
-    "4 AT ONCE",
-)
+_HEADER = ("BACKEND", "DEVICE", "SETTING", "PREFILL", "DECODE", "ANSWER", "LONG", "FOUR")
 
 
 def _lines(tuning: Tuning, *, width: int) -> Iterator[Line]:
@@ -96,17 +86,19 @@ def _lines(tuning: Tuning, *, width: int) -> Iterator[Line]:
     )
     widths = [max(map(len, column)) for column in zip(_HEADER, *rows, strict=True)]
     if rows:
-        yield [(_aligned(_HEADER, widths), "bold")]
+        yield [(_aligned(_HEADER, widths, width), "bold")]
     for measurement, row in zip(tuning.measurements, rows, strict=True):
         times = [predict_seconds(measurement, optimize) for optimize in WORKLOADS]
         is_best = any(time <= least for time, least in zip(times, best, strict=True))
-        yield [(_aligned(row, widths), "green" if is_best else "")]
+        yield [(_aligned(row, widths, width), "green" if is_best else "")]
     if rows:
         yield []
         yield from paragraph(
-            "PREFILL/S and DECODE/S are tokens a second, of the longest prompt and of one answer. "
-            "The rest are seconds: an answer of 128 tokens to a prompt of 128 (latency), 16 tokens "
-            "to a prompt of 1,024 (prefill), and four answers of 128 at once (throughput).",
+            "SETTING is the number of threads, and whether idle ones spin or sleep, where that is "
+            "not the runtime's own choice. PREFILL and DECODE are tokens a second, of the longest "
+            "prompt and of one answer. The rest are seconds: ANSWER, 128 tokens to a prompt of "
+            "128 (latency); LONG, 16 tokens to a prompt of 1,024 (prefill); FOUR, four answers of "
+            "128 at once (throughput).",
             width=width,
             style="dim",
         )
@@ -126,24 +118,25 @@ def _row(measurement: Measurement) -> tuple[str, ...]:
 
     setting = measurement.setting
     longest, shortest = measurement.points[-1], measurement.points[0]
-    spins = {None: "", True: "yes", False: "no"}[setting.spinning]
+    threads = "" if setting.threads is None else str(setting.threads)
+    spins = {None: "", True: "spin", False: "sleep"}[setting.spinning]
     return (
         plain(measurement.backend),
         plain(measurement.device),
-        "" if setting.threads is None else str(setting.threads),
-        spins,
+        f"{threads} {spins}".strip(),
         f"{longest.tokens / longest.prefill_s:,.0f}",
         f"{1 / shortest.decode_s:,.1f}",
         *(f"{predict_seconds(measurement, optimize):.2f}" for optimize in WORKLOADS),
     )
 
 
-_TEXT_COLUMNS = 2  # the rest are figures, which stand to the right
+_TEXT_COLUMNS = 3  # the rest are figures, which stand to the right
 
 
-def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
+def _aligned(row: tuple[str, ...], widths: list[int], width: int) -> str:
     cells = (
-        cell.ljust(width) if index < _TEXT_COLUMNS else cell.rjust(width)
-        for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        cell.ljust(size) if index < _TEXT_COLUMNS else cell.rjust(size)
+        for index, (cell, size) in enumerate(zip(row, widths, strict=True))
     )
-    return "  ".join(cells).rstrip()
+    gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= width else 1
+    return (" " * gap).join(cells).rstrip()
