@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["print_devices", "read_machine"]
 
+_INDENT = 14  # the longest status, between two spaces each
 _KINDS = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
 _STYLES: dict[Status, str] = {
     "ready": "green",
@@ -91,7 +93,7 @@ def read_machine(name: str) -> Machine:
 
     try:
         return machine_from_json(json.loads(Path(name).read_text(encoding="utf-8")))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--machine {name}: {error}") from error
 
 
@@ -124,15 +126,16 @@ def _facts(device: Device) -> str:
 
 def _row(row: DeviceBackend, *, width: int, is_cpu: bool) -> Iterator[Line]:
     # There is one CPU, whatever a runtime calls it.
-    native = None if is_cpu else row.native
+    native = None if is_cpu or row.native == row.device else row.native
+    head = plain(f"{row.backend:<18} {row.device:<13} ")
     version = ", ".join(filter(None, (row.version, native)))
-    yield [
-        (f"  {row.status:<12}", _STYLES[row.status]),
-        (plain(f"{row.backend:<18} {row.device:<13} {version}").rstrip(), ""),
-    ]
+    first, *others = textwrap.wrap(plain(version), width - _INDENT - len(head)) or [""]
+    yield [(f"  {row.status:<{_INDENT - 2}}", _STYLES[row.status]), (f"{head}{first}".rstrip(), "")]
+    for line in others:
+        yield [(" " * (_INDENT + len(head)) + line, "")]
     # Of what was never installed, the command says it all.
     is_plain = row.status == "missing" and row.version is None and row.fix is not None
     if row.status != "ready" and not is_plain:
-        yield from paragraph(row.reason, width=width, indent=14)
+        yield from paragraph(row.reason, width=width, indent=_INDENT)
     if row.fix:
-        yield from paragraph(row.fix, width=width, indent=14, style="cyan")
+        yield from paragraph(row.fix, width=width, indent=_INDENT, style="cyan")
