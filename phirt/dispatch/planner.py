@@ -96,6 +96,7 @@ def make_plan(
         optimize=request.optimize,
         precision=request.precision,
         is_named="auto" not in (request.device, request.backend),
+        device=request.device,
     )
     return Plan(
         model=request.model,
@@ -171,14 +172,16 @@ class _Judge:
             for offer in offered:
                 yield from self._on(record, offer)
             return
-        match = offer_of(offered, self.device)
+        meant = self._meant(offered)
         for offer in offered:
-            if offer is match:
-                yield from self._on(record, offer, device=str(self.device))
+            if offer in meant:
+                # Of several, each by the name that means it alone.
+                device = offer.device if self.device.index is None else str(self.device)
+                yield from self._on(record, offer, device=device)
             elif not self._is_meant(offer):
                 yield _out("request", record.backend, offer.device, self._another_device)
         # Where the runtime looked for it, its own words are there already.
-        if match is None and not any(map(self._is_meant, record.listing)):
+        if not meant and not any(map(self._is_meant, record.listing)):
             names = ", ".join(dict.fromkeys(offer.device for offer in offered))
             yield _out(
                 "runtime",
@@ -187,6 +190,14 @@ class _Judge:
                 f"device '{self.device}' is not available to it: it offers {names}",
                 'Pass one of these, or device="auto".',
             )
+
+    def _meant(self, offered: Sequence[Availability]) -> list[Availability]:
+        """What the name means: a kind without a number is whichever of that kind is best."""
+        numbered = [offer for offer in offered if ":" in offer.device and self._is_meant(offer)]
+        if self.device.index is None and numbered:
+            return numbered
+        match = offer_of(offered, self.device)
+        return [] if match is None else [match]
 
     def _on(
         self, record: BackendRecord, offer: Availability, device: str | None = None
@@ -349,13 +360,14 @@ def offer_of(offered: Sequence[Availability], device: DeviceName) -> Availabilit
     for offer in offered:
         if device.is_one_of([offer.device]):
             return offer
-    # A kind without a number says nothing of how many there are: the load will. A machine has
-    # one CPU.
+    # A kind without a number is the only one of it where its hardware is known, and says nothing
+    # of how many there are where it is not: the load will. A machine has one CPU.
     names = [offer.device for offer in offered]
     is_numbered = any(name.startswith(f"{device.kind}:") for name in names)
     if device.kind == "cpu" or is_numbered:
         return None
-    return next((offer for offer in offered if offer.device == device.kind), None)
+    unknown = (offer for offer in offered if offer.hardware is None)
+    return next((offer for offer in unknown if offer.device == device.kind), None)
 
 
 def listed_as(machine: Machine, backend: str, device: str) -> Availability:

@@ -122,7 +122,12 @@ def tier_of(offer: Availability, machine: Machine) -> Tier:
 
 
 def rank(
-    ways: Sequence[Way], *, optimize: Optimize, precision: str, is_named: bool
+    ways: Sequence[Way],
+    *,
+    optimize: Optimize,
+    precision: str,
+    is_named: bool,
+    device: str = "auto",
 ) -> list[PlanCandidate]:
     """The ways in order, each with its reason; the first is chosen.
 
@@ -131,6 +136,7 @@ def rank(
         optimize: What the choice is for.
         precision: What was asked for: where one is named, quality is its user's business.
         is_named: Whether backend and device were both named.
+        device: The device that was asked for.
     """
     local = [way for way in ways if not _is_to_fetch(way)]
     best = min((_distance(way) for way in local or ways), default=0.0)
@@ -145,6 +151,9 @@ def rank(
         return bool(way.doubt), bool(local) and _is_to_fetch(way), is_worse(way), tier, seconds
 
     ordered = sorted(ways, key=place)
+    # How a device that was named compares with the CPU is nobody's question.
+    is_compared = device == "auto" or len({way.tier for way in ways}) > 1
+    rivals = {way.candidate.backend for way in ordered if place(way) == place(ordered[0])}
     found = []
     for position, way in enumerate(ordered):
         reasons = [way.doubt] if way.doubt else []
@@ -154,7 +163,10 @@ def rank(
             reasons.append("it would have to be downloaded, and the model is here in another form")
         if is_worse(way):
             reasons.append(_why_worse(way, best))
-        reasons.append(_why(way, optimize, is_first=position == 0))
+        note = _NOTES.get(way.tier, "it was named") if is_compared else "its device was named"
+        if position == 0 and len(rivals) > 1:
+            note += f"; of the backends there, {way.candidate.backend} comes first"
+        reasons.append(_why(way, optimize, note, is_first=position == 0))
         if way.tried:
             reasons.append(way.tried)
         candidate = replace(way.candidate, reason="; ".join(reasons))
@@ -162,11 +174,10 @@ def rank(
     return found
 
 
-def _why(way: Way, optimize: Optimize, *, is_first: bool) -> str:
+def _why(way: Way, optimize: Optimize, note: str, *, is_first: bool) -> str:
     speed = way.candidate.speed
     if speed is None:
-        order = f", where {way.candidate.backend} comes first" if is_first else ""
-        return f"not measured: {_NOTES.get(way.tier, 'it was named')}{order}"
+        return f"not measured: {note}"
     fastest = "the fastest that was measured" if is_first else "measured"
     return f"{fastest}: {speed.seconds:.3g} s for {_WORKLOADS[optimize]}"
 

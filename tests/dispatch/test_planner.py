@@ -59,7 +59,9 @@ class TestOrderWithoutMeasurements:
         plan = plan_of(CPU, record("openvino", "cpu"), record("transformers", "cpu"))
         assert order(plan) == ["onnxruntime on cpu", "openvino on cpu", "transformers on cpu"]
         assert plan.chosen is plan.candidates[0]
-        assert plan.chosen.reason == "not measured: the CPU, where onnxruntime comes first"
+        assert plan.chosen.reason == (
+            "not measured: the CPU; of the backends there, onnxruntime comes first"
+        )
 
     @pytest.mark.parametrize(
         "gpu",
