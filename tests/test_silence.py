@@ -264,7 +264,8 @@ def test_a_connection_from_python_would_be_seen(tmp_path):
 @cache
 def what_is_missing() -> str | None:
     """Why system calls cannot be watched in an empty network namespace here, or None."""
-    if sys.platform != "linux":
+    system: str = sys.platform
+    if system != "linux":
         return "system calls are watched on Linux only"
     for program in ("unshare", "strace"):
         if shutil.which(program) is None:

@@ -51,9 +51,7 @@ def set_variable(name: str, value: str) -> str:
 
 def unset_variable(name: str) -> str:
     """Take an environment variable away."""
-    if sys.platform == "win32":
-        return f"Remove-Item Env:{name}"
-    return f"unset {name}"
+    return f"Remove-Item Env:{name}" if sys.platform == "win32" else f"unset {name}"
 
 
 def quote(text: str) -> str:

@@ -172,9 +172,10 @@ def _look_up(name: str) -> MissingLibrary:
 def _command(known: _Known) -> str | None:
     if known.pip is not None:
         return reinstall(known.pip) if known.pip == "openvino" else install(known.pip)
-    if sys.platform == "win32":
+    system: str = sys.platform  # as a str: mypy would check one system only
+    if system == "win32":
         return _winget(known.windows) if known.windows else None
-    if sys.platform == "darwin":
+    if system == "darwin":
         return f"brew install {known.homebrew}" if known.homebrew else None
     if known.debian and shutil.which("apt-get"):
         return f"sudo apt-get install {known.debian}"

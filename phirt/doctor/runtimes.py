@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import Distribution
 
 from phirt.backends.distributions import listed_files
+from phirt.devices.device import Device, DeviceBackend
 from phirt.devices.machine import BackendRecord, Machine, Trial
+from phirt.devices.merge import devices_of
 from phirt.dispatch.quarantine import in_force
 from phirt.doctor.commands import install, reinstall
 from phirt.doctor.finding import Finding
 from phirt.doctor.libraries import recognise
-from phirt.types import Availability
 
 __all__ = ["examine_machine"]
 
@@ -28,6 +30,7 @@ _PACKAGES = {
 _TOO_OLD = re.compile(r"needs (?P<name>\S+) \S+ or later; installed is")
 # Written to compare with; a machine with nothing else has no runtime.
 _REFERENCE = "reference"
+_PIP = "python -m pip install "
 _REFRESH = "phirt devices --refresh"
 
 
@@ -41,15 +44,16 @@ def examine_machine(
         installed: The installed distributions, by canonical name.
         told: What was found of packages and versions: one fault is told once.
     """
-    usable = []
+    devices = devices_of(machine)
+    usable = False
     for record in machine.backends:
         findings = [*_examine_backend(record, installed), *_examine_quarantine(machine, record)]
         yield from (each for each in findings if not _is_told(each, told))
-        listed = [found for found in record.listing if found.status not in ("missing", "broken")]
-        if listed and record.backend != _REFERENCE:
-            usable.append(record.backend)
-        if listed and not findings:
-            yield Finding(severity="ok", area="devices", found=_describe(record, listed))
+        served = _describe_served(record, devices)
+        if served:
+            yield Finding(severity="ok", area="devices", found=served)
+        usable = usable or (bool(served) and record.backend != _REFERENCE)
+    yield from _examine_unused(devices)
     if not usable:
         yield Finding(
             severity="broken",
@@ -60,14 +64,36 @@ def examine_machine(
         )
 
 
-def _describe(record: BackendRecord, listed: list[Availability]) -> str:
-    tried = {trial.device for trial in record.trials if trial.outcome == "ran"}
-    devices = ", ".join(
-        found.device + (" (tried)" if found.device in tried else "") for found in listed
-    )
+def _describe_served(record: BackendRecord, devices: Sequence[Device]) -> str:
+    """The devices that a backend serves, as far as is known; empty where it serves none."""
+    rows = [row for each in devices for row in each.backends if row.backend == record.backend]
+    ready = [row.device for row in rows if row.status == "ready"]
+    listed = [f"{row.device} (not tried)" for row in rows if row.status == "unverified"]
     version = record.version or record.backend
     name = version if record.backend in version else f"{record.backend} ({version})"
-    return f"{name}: {devices}."
+    return f"{name}: {', '.join([*ready, *listed])}." if ready or listed else ""
+
+
+def _examine_unused(devices: Sequence[Device]) -> Iterator[Finding]:
+    """Devices that nothing serves that is installed, though something could."""
+    for device in devices:
+        rows = device.backends if device.kind != "cpu" else ()
+        missing = [row for row in rows if row.status == "missing" and row.fix]
+        if missing and {row.status for row in rows} <= {"missing", "no-device"}:
+            others = " or ".join(dict.fromkeys(row.backend for row in missing))
+            yield Finding(
+                severity="note",
+                area="devices",
+                found=f"{device.name} ({device.device}) is not used.",
+                why=f"What serves it is not installed: {others}.",
+                command=_command_of(missing[0]),
+            )
+
+
+def _command_of(row: DeviceBackend) -> str | None:
+    """What a row advises, where that is a command and no sentence."""
+    words = shlex.split(row.fix) if row.fix and row.fix.startswith(_PIP) else []
+    return install(*words[len(_PIP.split()) :]) if words else None
 
 
 def _is_told(finding: Finding, told: Sequence[Finding]) -> bool:
@@ -86,6 +112,7 @@ def _examine_backend(
 ) -> Iterator[Finding]:
     if record.outcome not in ("listed", "not run"):
         yield _broken(
+            record,
             f"{record.backend}: {_sentence(record.reason)}",
             record.reason,
             why=record.fix or "",
@@ -100,6 +127,7 @@ def _examine_backend(
             # What it advises is the command, which is given by itself.
             reason = found.reason.partition(" Reinstall it with: ")[0]
             yield _broken(
+                record,
                 _sentence(reason),
                 found.reason,
                 why=found.fix or "",
@@ -112,6 +140,7 @@ def _examine_backend(
 
 def _examine_trial(record: BackendRecord, trial: Trial) -> Finding:
     return _broken(
+        record,
         f"{record.backend} on {trial.device}: {_sentence(trial.reason)}",
         trial.reason,
         why=trial.fix or '"auto" does not choose it. Update the driver of the device.',
@@ -119,15 +148,19 @@ def _examine_trial(record: BackendRecord, trial: Trial) -> Finding:
     )
 
 
-def _broken(found: str, message: str, *, why: str, command: str | None) -> Finding:
+def _broken(
+    record: BackendRecord, found: str, message: str, *, why: str, command: str | None
+) -> Finding:
     library = recognise(message)
     if library is not None:
+        # CUDA comes with each runtime in another way, and the table has onnxruntime's.
+        suits = "onnxruntime" not in str(library.command) or "onnxruntime" in record.backend
         return Finding(
             severity="broken",
             area="libraries",
             found=found,
             why=f"{library.name} is missing or does not fit. {library.why}",
-            command=library.command,
+            command=library.command if suits else None,
         )
     return Finding(severity="broken", area="devices", found=found, why=why, command=command)
 

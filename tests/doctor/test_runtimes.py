@@ -7,7 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from phirt.devices.machine import BackendRecord, Cpu, Machine, Memory, Quarantine, Trial
+from phirt.devices.machine import (
+    BackendRecord,
+    Cpu,
+    Machine,
+    Memory,
+    PciDevice,
+    Quarantine,
+    Trial,
+)
 from phirt.doctor import Finding
 from phirt.doctor.packages import read_installed
 from phirt.doctor.runtimes import examine_machine
@@ -36,7 +44,7 @@ def look(*backends, **more):
 def test_what_works_is_one_line():
     (found,) = look(replace(WORKS, trials=(Trial(device="cpu", outcome="ran", reason="KL 0"),)))
     assert found.severity == "ok"
-    assert found.found == "onnxruntime 1.31.1: cpu (tried), cuda."
+    assert found.found == "onnxruntime 1.31.1: cpu, cuda (not tried)."
 
 
 def test_nothing_works():
@@ -101,9 +109,10 @@ class TestBroken:
     )
     def test_a_device_that_failed_its_trial(self, outcome):
         trial = Trial(device="cuda", outcome=outcome, reason="It did not do it")
-        (found,) = look(replace(WORKS, trials=(trial,)))
+        found, rest = look(replace(WORKS, trials=(trial,)))
         assert found.found == "onnxruntime on cuda: It did not do it."
         assert found.severity == "broken"
+        assert rest.found == "onnxruntime 1.31.1: cpu (not tried)."
 
     def test_a_trial_without_a_library(self):
         trial = Trial(
@@ -112,7 +121,7 @@ class TestBroken:
             reason="Failed to load libonnxruntime_providers_cuda.so with error: libcudnn.so.9: "
             "cannot open shared object file: No such file or directory",
         )
-        (found,) = look(replace(WORKS, trials=(trial,)))
+        found, _ = look(replace(WORKS, trials=(trial,)))
         assert found.area == "libraries"
         assert "onnxruntime-gpu[cuda,cudnn]" in str(found.command)
 
@@ -120,6 +129,34 @@ class TestBroken:
         trial = Trial(device="cuda", outcome="not run", reason="no process")
         (found,) = look(replace(WORKS, trials=(trial,)))
         assert found.severity == "ok"
+
+
+def test_the_libraries_of_another_runtime_come_another_way():
+    trial = Trial(
+        device="cpu", outcome="raised", reason="libcudart.so.13: cannot open shared object file"
+    )
+    record = BackendRecord(backend="mlx", outcome="listed", listing=(CPU,), trials=(trial,))
+    (found,) = (each for each in look(WORKS, record) if each.severity == "broken")
+    assert (found.area, found.command) == ("libraries", None)
+
+
+class TestUnused:
+    GPU = PciDevice(kind="gpu", vendor="nvidia", name="NVIDIA GeForce RTX 4090", pci="0000:01:00.0")
+    ONLY_CPU = replace(WORKS, listing=(CPU,))
+
+    def test_a_gpu_that_nothing_serves(self):
+        (found,) = (each for each in look(self.ONLY_CPU, pci=(self.GPU,)) if each.severity != "ok")
+        assert (found.severity, found.area) == ("note", "devices")
+        assert found.found.startswith("NVIDIA GeForce RTX 4090 (")
+        assert "pip install" in str(found.command)
+
+    def test_a_gpu_that_one_runtime_serves(self):
+        assert {each.severity for each in look(pci=(self.GPU,))} == {"ok"}
+
+    def test_a_gpu_that_fails_is_broken_and_no_more(self):
+        trial = Trial(device="cuda", outcome="raised", reason="It did not do it")
+        found = look(replace(WORKS, trials=(trial,)), pci=(self.GPU,))
+        assert {each.severity for each in found} == {"broken", "ok"}
 
 
 class TestTold:
@@ -161,7 +198,7 @@ class TestQuarantine:
     )
 
     def test_a_quarantined_device(self):
-        (found,) = look(quarantine=(self.ENTRY,))
+        found, _ = look(quarantine=(self.ENTRY,))
         assert found.severity == "broken"
         assert found.found.startswith("onnxruntime on cuda is in quarantine since 2026-11-22")
         assert found.command == "phirt devices --refresh"
