@@ -288,7 +288,9 @@ class FakeCore:
 class TestOpenVino:
     openvino = SimpleNamespace(get_version=lambda: "2026.4.1-22982-e213a147257-releases/2026/4")
 
-    def test_devices(self) -> None:
+    @pytest.mark.parametrize(("system", "luid"), [("win32", "000000010000d3a7"), ("linux", None)])
+    def test_devices(self, system: str, luid: str | None, monkeypatch: Any) -> None:
+        monkeypatch.setattr("sys.platform", system)
         core = FakeCore(
             {
                 "CPU": {"FULL_DEVICE_NAME": "Intel(R) Core(TM) Ultra 7 155H"},
@@ -318,7 +320,7 @@ class TestOpenVino:
             memory_bytes=15_473_831_936,
             driver="25.18.33578",
             pci="0000:00:02.0",
-            luid="000000010000d3a7",
+            luid=luid,
             uuid=UUID,
             discrete=False,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -64,6 +65,9 @@ def describe_device(core: Any, device: str) -> Hardware:
     kind = device.partition(".")[0]
     if kind == "CPU":
         return Hardware(native=device, name=name, vendor=cpu_vendor(name or ""))
+    # Elsewhere Intel's GPU driver leaves there whatever was in memory, which may be alike for two
+    # devices; clinfo says "Valid Device LUID: No" of it.
+    luid = _text(read("DEVICE_LUID")) if sys.platform == "win32" else None
     memory = read(f"{kind}_DEVICE_TOTAL_MEM_SIZE")
     type_name = str(getattr(read("DEVICE_TYPE"), "name", ""))
     return Hardware(
@@ -73,7 +77,7 @@ def describe_device(core: Any, device: str) -> Hardware:
         memory_bytes=memory if isinstance(memory, int) and memory > 0 else None,
         driver=_text(read(f"{kind}_DRIVER_VERSION")),
         pci=_pci(read),
-        luid=parse_luid_bytes(_text(read("DEVICE_LUID")) or ""),
+        luid=parse_luid_bytes(luid or ""),
         uuid=parse_uuid(_text(read("DEVICE_UUID")) or ""),
         discrete={"DISCRETE": True, "INTEGRATED": False}.get(type_name),
     )
