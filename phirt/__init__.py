@@ -14,8 +14,8 @@ import logging
 
 from phirt._version import __version__
 from phirt.devices.device import Device, DeviceBackend
+from phirt.dispatch.device_list import devices
 from phirt.dispatch.plan import Plan
-from phirt.dispatch.survey import devices
 from phirt.errors import (
     BackendBrokenError,
     BackendError,

@@ -22,12 +22,11 @@ from typing import Literal, TypeAlias, TypeVar
 from phirt._version import __version__
 from phirt.backends.importing import import_runtime, unavailable
 from phirt.devices.child import CHILD, run_child
-from phirt.devices.device import Device
 from phirt.devices.hardware import System, read_environment, read_system
 from phirt.devices.installed import Installed, runtime_versions, scan_installed
 from phirt.devices.machine import BackendRecord, Machine, Trial
 from phirt.devices.memory import read_memory
-from phirt.devices.merge import devices_of, to_try
+from phirt.devices.merge import to_try
 from phirt.devices.record_json import from_json
 from phirt.dispatch.machine_dir import machine_dir
 from phirt.dispatch.probing import list_backend
@@ -35,7 +34,7 @@ from phirt.dispatch.registry import backend_names
 from phirt.dispatch.survey_cache import SurveyCache, forget_surveys, with_trial
 from phirt.errors import BackendError, BackendNotInstalledError
 
-__all__ = ["Report", "Survey", "Trials", "devices"]
+__all__ = ["Report", "Survey", "Trials"]
 
 Trials: TypeAlias = Literal["none", "cached", "all"]
 """Which trials a record has: none, those that were made before, or one of every device."""
@@ -62,23 +61,6 @@ _RUNTIMES = {
 }
 _CHILD = "phirt.dispatch.probe_child"
 _REFRESH = "Once that is mended, `phirt devices --refresh` asks again."
-
-
-def devices(*, refresh: bool = False) -> list[Device]:
-    """The devices of this machine, and what each backend can do with them.
-
-    Every runtime that is installed is asked in a process of its own, and runs a tiny model on
-    each of its devices, so that one that crashes or hangs costs the application nothing. That
-    takes seconds once; the answers are kept until a package, a driver, the hardware or the
-    environment changes.
-
-    Args:
-        refresh: Forget what is known, and ask again.
-    """
-    survey = Survey()
-    if refresh:
-        survey.refresh()
-    return devices_of(survey.machine(trials="all"))
 
 
 class Survey:
