@@ -33,7 +33,8 @@ class Telemetry:
         function: A function of the package that turns it off as well, for what is not sent by
             the package itself (on Windows, onnxruntime hands events to the system).
         hidden: A package that sends for it, and that is kept from it while it is imported.
-        opt_out: A command after which it sends nothing, whoever imports it.
+        opt_out: A command after which it sends nothing, whoever imports it; that it was opted
+            out of is the last that is sent.
     """
 
     sends: str

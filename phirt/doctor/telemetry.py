@@ -27,7 +27,8 @@ def _describe(packages: str, telemetry: Telemetry, state: State) -> Finding:
         return Finding(severity="ok", area="telemetry", found=f"{packages}: off; {state.reason}.")
     why = f"What is sent: {telemetry.sends}."
     if state.early:
-        why += " Import phirt before it, or turn it off for every program."
+        why += " Import phirt before it, or turn it off for every program"
+        why += ", which is the last that it sends." if telemetry.opt_out else "."
         command = telemetry.opt_out or set_variable(telemetry.variables[0], "1")
     else:
         why += " phirt leaves what you have set; without it, phirt turns it off."
