@@ -6,14 +6,16 @@ import logging
 import os
 import threading
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from phirt.backends.native_errors import first_line
-from phirt.dispatch.plan import Plan
-from phirt.dispatch.select import Selection
 from phirt.errors import PhirtError, SessionClosedError
 from phirt.generation.failover import Failover, Takeover
 from phirt.protocols import LoadedModel
+
+if TYPE_CHECKING:
+    from phirt.dispatch.plan import Plan
+    from phirt.dispatch.select import Selection
 
 __all__ = ["LoadNext", "Standby", "check_failover"]
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from phirt.conversion import PRECISIONS, Wanted, check_precision_name, convert_checkpoint
 from phirt.devices.names import DeviceName
-from phirt.dispatch.candidates import check_offered, machine_for, targets
 from phirt.dispatch.registry import formats_of
 from phirt.errors import ModelFormatError, ModelNotFoundError, UnsupportedModelError
 from phirt.models.catalog import DEFAULT_MODEL, CatalogEntry, PypiSource, get_entry, list_models
@@ -174,6 +173,9 @@ def pull(
         StoreError: The store cannot be written.
         ValueError: The precision is not one of `PRECISIONS`, or ``name`` is a path.
     """
+    # Imported here: `import phirt` should stay quick.
+    from phirt.dispatch.candidates import check_offered, machine_for, targets
+
     check_precision_name(precision)
     machine = machine_for(backend)
     check_offered(machine, device=device, backend=backend)

@@ -8,15 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
-from phirt.devices.machine import Trial
 from phirt.devices.names import DeviceName
-from phirt.dispatch.candidates import check_offered, machine_for
-from phirt.dispatch.measurements import Optimize
-from phirt.dispatch.plan import Plan, PlanCandidate, PlanRequest
 from phirt.dispatch.registry import formats_of
-from phirt.dispatch.select import PlanLoader, Selection
 from phirt.errors import ModelNotFoundError, SessionClosedError, UnsupportedModelError
 from phirt.failover import LoadNext, Standby, check_failover
 from phirt.generation.loop import DecodeLoop
@@ -24,14 +19,19 @@ from phirt.generation.params import GenerationParams
 from phirt.generation.params_resolved import GenerationDefaults
 from phirt.generation.score import score_tokens
 from phirt.models.folder import ModelFolder
-from phirt.planning import Prepared, check_settings, name_of, prepare
 from phirt.protocols import LoadedModel, LoadOptions, Placement
 from phirt.remote import Announce
 from phirt.stream import Generation, TokenStream
 from phirt.text.chat import ChatTemplate
 from phirt.text.tokenizer import Tokenizer
-from phirt.tuning import time_candidates
 from phirt.types import ChatMessage, FloatArray, ProgressCallback, PromptLike
+
+if TYPE_CHECKING:
+    from phirt.devices.machine import Trial
+    from phirt.dispatch.measurements import Optimize
+    from phirt.dispatch.plan import Plan, PlanCandidate
+    from phirt.dispatch.select import Selection
+    from phirt.planning import Prepared
 
 __all__ = ["Model", "load"]
 
@@ -101,6 +101,12 @@ def load(
         DeviceError: The device is not there, or its memory does not suffice.
         ValueError: A name is malformed or a setting out of range.
     """
+    # Imported here: `import phirt` should stay quick.
+    from phirt.dispatch.candidates import check_offered, machine_for
+    from phirt.dispatch.plan import PlanRequest
+    from phirt.dispatch.select import PlanLoader
+    from phirt.planning import check_settings, name_of, prepare
+
     check_settings(model, precision=precision, context=context, optimize=optimize)
     _check_threads(threads, spinning)
     if options and backend == "auto":
@@ -132,9 +138,13 @@ def load(
 
     started = time.perf_counter()
     prepared = planned()
-    if tune and time_candidates(prepared, announce=announce):
-        started = time.perf_counter()
-        prepared = planned()
+    if tune:
+        # Imported here: few loads measure.
+        from phirt.tuning import time_candidates
+
+        if time_candidates(prepared, announce=announce):
+            started = time.perf_counter()
+            prepared = planned()
     located: list[Path] = []
 
     def find_folder(candidate: PlanCandidate) -> ModelFolder:

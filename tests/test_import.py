@@ -48,6 +48,7 @@ PUBLIC = [
     "NonFiniteLogitsError",
     "OutOfMemoryError",
     "PhirtError",
+    "Plan",
     "Progress",
     "PullPlan",
     "SessionClosedError",
@@ -56,6 +57,8 @@ PUBLIC = [
     "Token",
     "TokenLogprobs",
     "TokenStream",
+    "Tuning",
+    "TuningFailure",
     "UnknownBackendError",
     "UnsafeModelError",
     "UnsupportedModelError",
@@ -64,7 +67,9 @@ PUBLIC = [
     "__version__",
     "devices",
     "load",
+    "plan",
     "pull",
+    "tune",
 ]
 
 

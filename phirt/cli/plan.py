@@ -71,11 +71,16 @@ def _lines(plan: Plan, machine: Machine, *, width: int) -> Iterator[Line]:
     others = [each for each in plan.candidates if each.stage != "request"]
     for candidate in others:
         yield from _candidate(candidate, width=width)
-    unasked = dict.fromkeys(each.described for each in plan.candidates if each.stage == "request")
+    unasked: dict[str, dict[str, None]] = {}
+    for each in plan.candidates:
+        if each.stage == "request":
+            unasked.setdefault(each.backend, {})[each.device] = None
     if unasked:
-        text = f"Not asked for, or used by name only: {', '.join(unasked)}."
+        named = (f"{backend} ({', '.join(devices)})" for backend, devices in unasked.items())
         yield []
-        yield from paragraph(text, width=width, style="dim")
+        yield from paragraph(
+            f"Not asked for, or used by name only: {', '.join(named)}.", width=width, style="dim"
+        )
     for note in plan.notes:
         yield []
         yield from paragraph(note, width=width, style="yellow")

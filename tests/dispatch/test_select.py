@@ -48,7 +48,7 @@ def _artifacts_of_these_tests_have_no_sizes(monkeypatch):
 @pytest.fixture
 def answers(monkeypatch):
     """What comes of comparing a loaded model's numbers, by device; passed where not said."""
-    verdicts: dict[str, Verdict] = {}
+    verdicts: dict[str, Verdict | Exception] = {}
     passed = Verdict(status="passed", kl=0.0, bound=0.02, reason="as it should be")
 
     def check(loaded, folder, *, device, **_):
