@@ -10,12 +10,13 @@ No runtime is imported until a model is loaded.
 
 from __future__ import annotations
 
+import importlib
 import logging
+from typing import TYPE_CHECKING, Any
 
 from phirt._version import __version__
 from phirt.devices.device import Device, DeviceBackend
 from phirt.dispatch.device_list import devices
-from phirt.dispatch.plan import Plan
 from phirt.errors import (
     BackendBrokenError,
     BackendError,
@@ -44,11 +45,14 @@ from phirt.generation.params import GenerationParams
 from phirt.generation.timings import Timings, Usage
 from phirt.locate import pull
 from phirt.model import Model, load
-from phirt.planning import plan
 from phirt.remote import PullPlan
 from phirt.stream import Generation, Token, TokenLogprobs, TokenStream
-from phirt.tuning import Tuning, TuningFailure, tune
 from phirt.types import Progress
+
+if TYPE_CHECKING:
+    from phirt.dispatch.plan import Plan
+    from phirt.planning import plan
+    from phirt.tuning import Tuning, TuningFailure, tune
 
 __all__ = [
     "BackendBrokenError",
@@ -98,6 +102,22 @@ __all__ = [
 
 # `devices` is the function here: of the package of that name, code imports modules and names,
 # `from phirt.devices.names import DeviceName`, and none goes through this attribute.
+
+# Imported when they are asked for: few programs plan or measure by themselves.
+_LAZY = {
+    "Plan": "phirt.dispatch.plan",
+    "Tuning": "phirt.tuning",
+    "TuningFailure": "phirt.tuning",
+    "plan": "phirt.planning",
+    "tune": "phirt.tuning",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name]), name)
+
 
 # A library leaves it to the application where its log goes.
 logging.getLogger("phirt").addHandler(logging.NullHandler())

@@ -81,9 +81,15 @@ def _lines(plan: Plan, machine: Machine, *, width: int) -> Iterator[Line]:
         yield from paragraph(
             f"Not asked for, or used by name only: {', '.join(named)}.", width=width, style="dim"
         )
-    for note in plan.notes:
+    for note in [*plan.notes, *_hints(plan)]:
         yield []
         yield from paragraph(note, width=width, style="yellow")
+
+
+def _hints(plan: Plan) -> Iterator[str]:
+    usable = [each for each in plan.candidates if each.status != "rejected"]
+    if len(usable) > 1 and not any(each.speed for each in usable):
+        yield f"No speed was measured here: `phirt tune {plan.model}` does, and ranks them by it."
 
 
 def _asked(plan: Plan) -> str:
