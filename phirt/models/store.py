@@ -7,6 +7,7 @@
     ROOT/openvino/          what a runtime compiled of models
     ROOT/hashes/            SHA-256 of users' own files, by path, size and time
     ROOT/used/              when each artifact was last looked up
+    ROOT/machine/           what was found out about this machine (`phirt.dispatch.machine_dir`)
     ROOT/locks/  ROOT/tmp/  housekeeping of `stage`
 
 ROOT is ``PHIRT_HOME``, or else the platform's folder for a user's data.
