@@ -19,10 +19,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-__all__ = ["CHILD", "ChildEnd", "Ending", "describe_exit", "run_child"]
+__all__ = ["CHILD", "PASSING", "ChildEnd", "Ending", "describe_exit", "run_child"]
 
 CHILD = "PHIRT_PROBE_CHILD"
 """Set in a child's environment: a child starts none of its own."""
+
+PASSING = 75
+"""Exit status of a child whose answer is of the moment: `EX_TEMPFAIL` of sysexits.h."""
 
 Ending: TypeAlias = Literal["answered", "crashed", "timed out", "not run"]
 
@@ -38,6 +41,8 @@ else:
 # What a process of Python is called. In an application that embeds Python, sys.executable may
 # be the application, and would start a second one.
 _PYTHON = re.compile(r"(python|pypy|graalpy)", re.IGNORECASE)
+
+_KILLED = -9  # SIGKILL, which nobody sends to himself
 
 _SIGNALS = {
     "SIGILL": "an instruction that this processor does not have",
@@ -74,12 +79,15 @@ class ChildEnd:
         answer: What it wrote to its file; empty unless it answered.
         reason: What was seen where it did not answer, in one sentence without its full stop.
         seconds: How long it took.
+        lasts: Whether it may be expected to end so again: not where something else had the
+            memory, and not where no process could be started.
     """
 
     ending: Ending
     answer: str = ""
     reason: str = ""
     seconds: float = 0.0
+    lasts: bool = True
 
 
 def run_child(
@@ -99,7 +107,7 @@ def run_child(
     """
     obstacle = _obstacle()
     if obstacle is not None:
-        return ChildEnd(ending="not run", reason=obstacle)
+        return ChildEnd(ending="not run", reason=obstacle, lasts=False)
     started = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory(prefix="phirt-", ignore_cleanup_errors=True) as folder:
@@ -111,16 +119,18 @@ def run_child(
             # A crash while it ends costs nothing: the answer is whole once it has its name.
             if answer.is_file():
                 text = answer.read_text(encoding="utf-8")
-                return ChildEnd(ending="answered", answer=text, seconds=seconds)
+                lasts = code != PASSING
+                return ChildEnd(ending="answered", answer=text, seconds=seconds, lasts=lasts)
             said = _tail(output)
     except OSError as error:
         # No process, no temporary folder, no memory for either.
-        return ChildEnd(ending="not run", reason=f"no process could be started: {error}")
+        reason = f"no process could be started: {error}"
+        return ChildEnd(ending="not run", reason=reason, lasts=False)
     if code is None:
         reason = f"gave no answer within {timeout_s:g} s{said}"
         return ChildEnd(ending="timed out", reason=reason, seconds=seconds)
     reason = describe_exit(code, windows=os.name == "nt") + said
-    return ChildEnd(ending="crashed", reason=reason, seconds=seconds)
+    return ChildEnd(ending="crashed", reason=reason, seconds=seconds, lasts=code != _KILLED)
 
 
 def describe_exit(code: int, *, windows: bool) -> str:

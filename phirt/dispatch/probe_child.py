@@ -15,8 +15,11 @@ import sys
 from pathlib import Path
 
 from phirt.backends.probing import disposable_process
+from phirt.devices.child import PASSING
+from phirt.devices.machine import BackendRecord, Trial
 from phirt.devices.record_json import to_json
 from phirt.dispatch.probing import list_backend, try_device
+from phirt.errors import OutOfMemoryError
 
 __all__ = ["main"]
 
@@ -27,15 +30,20 @@ def main(arguments: list[str]) -> None:
     # Of a parent that was killed, nobody is left to end a child that hangs.
     faulthandler.dump_traceback_later(float(seconds), exit=True)
     _leave_no_dumps()
+    status = 0
+    record: BackendRecord | Trial
     with disposable_process():
-        record = list_backend(name) if task == "list" else try_device(name, rest[0])
+        try:
+            record = list_backend(name) if task == "list" else try_device(name, rest[0])
+        except OutOfMemoryError as error:
+            record, status = Trial(device=rest[0], outcome="not run", reason=str(error)), PASSING
     partial = Path(f"{file}.partial")
     partial.write_text(json.dumps(to_json(record), allow_nan=False), encoding="utf-8")
     partial.replace(file)
     with contextlib.suppress(OSError):
         sys.stdout.flush()
     # Some runtimes hang or crash while the interpreter ends, which is not what was asked.
-    os._exit(0)
+    os._exit(status)
 
 
 def _leave_no_dumps() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import time
 
-from phirt.devices.machine import BackendRecord, Trial
+from phirt.devices.machine import BackendRecord, Trial, TrialOutcome
 from phirt.devices.record_json import from_json, to_json
 from phirt.dispatch.registry import get_backend
 from phirt.errors import (
     DeviceNotAvailableError,
     DevicePlacementError,
     NonFiniteLogitsError,
+    OutOfMemoryError,
     PhirtError,
     UnsupportedModelError,
 )
@@ -22,6 +23,13 @@ __all__ = ["list_backend", "try_device"]
 # Numbers of a device that works may differ from the expected ones by this, in nats, beyond what
 # rounding the weights took: the bound that a model's own canary has, too.
 _TOLERANCE = 0.02
+
+_OUTCOMES: tuple[tuple[type[PhirtError], TrialOutcome], ...] = (
+    (UnsupportedModelError, "not run"),
+    (DeviceNotAvailableError, "no device"),
+    (DevicePlacementError, "elsewhere"),
+    (NonFiniteLogitsError, "wrong numbers"),
+)
 
 
 def list_backend(name: str) -> BackendRecord:
@@ -50,21 +58,22 @@ def list_backend(name: str) -> BackendRecord:
 
 
 def try_device(name: str, device: str) -> Trial:
-    """Run the trial model on a device, and compare its numbers."""
+    """Run the trial model on a device, and compare its numbers.
+
+    Raises:
+        OutOfMemoryError: Something else has the device's memory now, which says nothing of it.
+    """
     started = time.perf_counter()
     try:
         kl, bound = _measure(name, device)
-    except UnsupportedModelError as error:
-        return Trial(device=device, outcome="not run", reason=_sentence(error))
-    except DeviceNotAvailableError as error:
-        return Trial(device=device, outcome="no device", reason=_sentence(error))
-    except DevicePlacementError as error:
-        return Trial(device=device, outcome="elsewhere", reason=_sentence(error))
-    except NonFiniteLogitsError as error:
-        return Trial(device=device, outcome="wrong numbers", reason=_sentence(error))
+    except OutOfMemoryError:
+        raise
     # A runtime raises what it likes; what it said is the reason.
     except Exception as error:
-        return Trial(device=device, outcome="raised", reason=_sentence(error))
+        outcome: TrialOutcome = "raised"
+        for kind, found in _OUTCOMES:
+            outcome = found if isinstance(error, kind) else outcome
+        return Trial(device=device, outcome=outcome, reason=_sentence(error))
     seconds = time.perf_counter() - started
     right = kl <= bound  # False for NaN, too
     verdict = "gave the right numbers" if right else "gave wrong numbers"

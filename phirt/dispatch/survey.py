@@ -152,7 +152,7 @@ class Survey:
             return trial
 
     def _list(self, name: str) -> tuple[BackendRecord, bool]:
-        """What a backend lists, and whether that will stay so."""
+        """What a backend lists, and whether to expect the same again."""
         end = run_child(
             _CHILD,
             ["list", name, str(2 * self._listing_timeout_s)],
@@ -171,10 +171,10 @@ class Survey:
                 reason=f"Asked for its devices, its process {end.reason}.",
                 fix=f"Reinstall or update its runtime. {_REFRESH}",
             )
-        return replace(record, seconds=round(end.seconds, 3)), True
+        return replace(record, seconds=round(end.seconds, 3)), end.lasts
 
     def _try(self, name: str, device: str) -> tuple[Trial, bool]:
-        """What came of a trial, and whether that will stay so."""
+        """What came of a trial, and whether to expect the same again."""
         end = run_child(
             _CHILD,
             ["try", name, device, str(2 * self._trial_timeout_s)],
@@ -192,7 +192,7 @@ class Survey:
                 reason=f"Running a tiny model there, its process {end.reason}.",
                 fix=f"Update the driver of the device, or the runtime. {_REFRESH}",
             )
-        return replace(trial, seconds=round(end.seconds, 3)), True
+        return replace(trial, seconds=round(end.seconds, 3)), end.lasts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -79,7 +79,7 @@ def with_trial(record: BackendRecord, trial: Trial) -> BackendRecord:
 
 def forget_surveys(folder: Path) -> None:
     """Remove the files of all states."""
-    for path in folder.glob(f"{_PREFIX}*.json"):
+    for path in folder.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             path.unlink()
 
@@ -97,5 +97,6 @@ def _records_of(document: dict[str, Any] | None) -> dict[str, BackendRecord]:
 def _drop_oldest(folder: Path) -> None:
     with suppress(OSError):
         files = sorted(folder.glob(f"{_PREFIX}*.json"), key=lambda path: path.stat().st_mtime)
-        for path in files[:-_MOST_FILES]:
-            path.unlink()
+        for file in files[:-_MOST_FILES]:
+            for path in folder.glob(f"{file.stem}.*"):  # its locks, too
+                path.unlink()

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from phirt.devices.child import CHILD, describe_exit, run_child
+from phirt.devices.child import CHILD, PASSING, describe_exit, run_child
 
 ANSWER = "open(sys.argv[-1], 'w').write('answer')\n"
 
@@ -76,6 +76,18 @@ def test_a_signal_is_told_in_words(program, name, words):
 def test_a_crash_after_the_answer_costs_nothing(program):
     end = run_child(program(ANSWER + "os.abort()"), [], timeout_s=60)
     assert (end.ending, end.answer) == ("answered", "answer")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has exit codes in place of signals")
+def test_what_was_killed_from_outside_may_work_next_time(program):
+    end = run_child(program("os.kill(os.getpid(), 9)"), [], timeout_s=60)
+    assert (end.ending, end.lasts) == ("crashed", False)
+    assert "the system does that when memory runs out" in end.reason
+
+
+def test_an_answer_may_be_of_the_moment(program):
+    end = run_child(program(ANSWER + f"sys.exit({PASSING})"), [], timeout_s=60)
+    assert (end.ending, end.answer, end.lasts) == ("answered", "answer", False)
 
 
 def test_a_late_child_is_killed_with_what_it_started(program, tmp_path):

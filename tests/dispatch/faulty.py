@@ -16,7 +16,7 @@ import numpy as np
 
 from phirt.backends.base import HostLogits
 from phirt.backends.reference import ReferenceBackend
-from phirt.errors import DeviceNotAvailableError, DevicePlacementError
+from phirt.errors import DeviceNotAvailableError, DevicePlacementError, OutOfMemoryError
 from phirt.protocols import LoadOptions
 from phirt.types import Artifact, Availability, FloatArray
 
@@ -99,6 +99,11 @@ class TrialHangs(Sound):
 class TrialRaises(Sound):
     def load(self, artifact: Artifact, device: str, options: LoadOptions) -> Any:
         raise OSError("the device is busy")
+
+
+class TrialFindsNoMemory(Sound):
+    def load(self, artifact: Artifact, device: str, options: LoadOptions) -> Any:
+        raise OutOfMemoryError("Something else has the memory.")
 
 
 class TrialFindsNothing(Sound):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -155,6 +157,30 @@ def test_what_the_trial_model_is_not_there_for_is_unverified(faulty):
     row = find_row()
     assert row.status == "unverified"
     assert "the backend reads a format of its own" in row.reason
+
+
+def test_a_device_whose_memory_is_taken_is_tried_again(faulty):
+    faulty("tests.dispatch.faulty:TrialFindsNoMemory")
+    asked: list[str] = []
+    for _ in range(2):
+        (cpu,) = devices_of(Survey(report=asked.append).machine(trials="all"))
+        (row,) = cpu.backends
+        assert (row.status, row.reason) == ("unverified", "Something else has the memory.")
+    assert asked == ["asking faulty", *2 * ["trying faulty on cpu"]]
+
+
+def test_a_child_without_a_parent_ends_by_itself(faulty, tmp_path):
+    faulty("tests.dispatch.faulty:ProbeHangs")
+    command = [sys.executable, "-m", "phirt.dispatch.probe_child", "list", "faulty", "3"]
+    orphan = subprocess.run(
+        [*command, str(tmp_path / "answer")],
+        check=False,
+        timeout=60,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+    )
+    assert orphan.returncode == 1
+    assert not (tmp_path / "answer").exists()
 
 
 @pytest.mark.parametrize("target", ["ProbeIsIllegal", "TrialIsIllegal"])
