@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from phirt.devices.device import Device, DeviceBackend, Status
     from phirt.devices.machine import Machine
 
-__all__ = ["print_devices", "read_machine"]
+__all__ = ["print_devices", "read_machine", "survey_machine"]
 
 _INDENT = 14  # the longest status, between two spaces each
 _KINDS = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU"}
@@ -41,7 +41,7 @@ def print_devices(arguments: argparse.Namespace) -> None:
         UsageError: The file named is no record of a machine.
     """
     if arguments.machine is None:
-        machine = _survey(refresh=arguments.refresh, trials=arguments.trials)
+        machine = survey_machine(refresh=arguments.refresh, trials=arguments.trials)
     elif arguments.refresh:
         raise UsageError("--refresh asks this machine, and --machine reads the record of another")
     else:
@@ -60,7 +60,13 @@ def print_devices(arguments: argparse.Namespace) -> None:
         print_lines(lambda width: _lines(devices, width=width))
 
 
-def _survey(*, refresh: bool, trials: bool) -> Machine:
+def survey_machine(*, refresh: bool, trials: bool) -> Machine:
+    """The record of this machine; what is being asked is shown meanwhile.
+
+    Args:
+        refresh: Whether to forget what is known, and ask again.
+        trials: Whether to try every device; else only what was tried before is known.
+    """
     from phirt.dispatch.survey import Survey
 
     with _progress() as report:

@@ -7,6 +7,7 @@ import json
 import shlex
 import sys
 from collections.abc import Callable
+from importlib import import_module
 
 import pytest
 
@@ -37,6 +38,9 @@ def run(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
 
     def run(*arguments: str, findings: list[Finding]) -> tuple[int, str]:
         monkeypatch.setattr(doctor, "diagnose", lambda **_: findings)
+        # In the package, the command's function has its module's name.
+        command = import_module("phirt.cli.doctor")
+        monkeypatch.setattr(command, "survey_machine", lambda **_: None)
         return main(["doctor", *arguments]), capsys.readouterr().out
 
     return run
