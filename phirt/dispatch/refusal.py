@@ -41,7 +41,9 @@ def no_candidate(plan: Plan, error_of: ErrorOf) -> Exception:
     if errors and len(errors) == len(rows) and len({str(error) for error in errors}) == 1:
         return errors[0]  # One candidate, or one fault that all of them found.
     reasons = " ".join(dict.fromkeys(map(_sentence, rows)))
-    if errors and all(isinstance(error, OutOfMemoryError) for error in errors):
+    # A backend that has no form of the model has no say in whether there is room for it.
+    close = [error for row in rows if row.stage != "model" and (error := error_of(row)) is not None]
+    if close and all(isinstance(error, OutOfMemoryError) for error in close):
         return OutOfMemoryError(f"No backend has room for the model. {reasons}")
     if any(isinstance(error, BackendError | DeviceError) for error in errors):
         return BackendError(f"No backend could load the model. {reasons}")

@@ -36,7 +36,7 @@ def plan(model, tmp_path, capsys):
     return run
 
 
-MISSING = replace(offer("cpu", status="missing"), reason="openvino is not installed", fix="pip it")
+MISSING = replace(offer("cpu", status="broken"), reason="openvino does not import", fix="pip it")
 CRASHED = BackendRecord(backend="mlx", outcome="crashed", reason="Its process died of SIGILL.")
 HERE = machine(
     record("onnxruntime", "cpu", "openvino-auto"),
@@ -56,7 +56,7 @@ def test_what_would_run_it_and_why_the_others_would_not(plan):
     assert "to be converted" in lines[3]
     (usable,) = [line for line in lines if line.startswith("usable")]
     assert usable.startswith("usable    transformers       cpu           safetensors fp32")
-    for expected in ("openvino is not installed", "pip it", "Its process died of SIGILL."):
+    for expected in ("openvino does not import", "pip it", "Its process died of SIGILL."):
         assert expected in out
     named = "used by name only: onnxruntime (openvino-auto), reference (cpu)."
     assert named in " ".join(out.split())
