@@ -9,7 +9,7 @@ from phirt.devices.machine import BackendRecord, Machine, Quarantine
 from phirt.devices.serving import Serving, is_known
 from phirt.types import Availability
 
-__all__ = ["backend_rows", "offer_row"]
+__all__ = ["backend_rows", "describe_system", "offer_row"]
 
 _Judgement: TypeAlias = tuple[Status, str, str | None]
 
@@ -76,7 +76,7 @@ def backend_rows(
         if status == "missing" and serving is not None:
             reason, fix = "Its runtime is not installed.", serving.fix(machine.distributions)
         elif status == "missing" and is_known(record.backend):
-            here = f"{_SYSTEMS.get(machine.system, machine.system)} on {machine.cpu.architecture}"
+            here = describe_system(machine)
             reason, fix = f"It has no version for {here}.", None
     elif serving is None or kind == "cpu":
         return []  # It works, and is not for this device.
@@ -97,6 +97,11 @@ def backend_rows(
             fix=fix,
         )
     ]
+
+
+def describe_system(machine: Machine) -> str:
+    """The system and its processor, as in ``"Windows on arm64"``."""
+    return f"{_SYSTEMS.get(machine.system, machine.system)} on {machine.cpu.architecture}"
 
 
 def _fault(record: BackendRecord) -> _Judgement | None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["CHOOSERS", "CPU_NAMES", "VENDORS", "Serving", "find_serving", "is_known"]
+__all__ = ["CHOOSERS", "CPU_NAMES", "VENDORS", "Serving", "find_serving", "is_known", "ways_of"]
 
 CPU_NAMES = ("cpu", "openvino-cpu")
 """Kinds of device names that mean the processor."""
@@ -113,13 +113,21 @@ def find_serving(
     backend: str, *, kind: str, vendor: str | None = None, system: str, architecture: str
 ) -> Serving | None:
     """The way of a backend to a device, or None where there is none."""
-    for row in _TABLE:
-        if (row.backend, row.kind) != (backend, kind) or system not in row.systems:
-            continue
-        is_built = not row.architectures or architecture in row.architectures
-        if is_built and (not row.vendors or vendor in row.vendors):
+    for row in ways_of(backend, system=system, architecture=architecture):
+        if row.kind == kind and (not row.vendors or vendor in row.vendors):
             return row
     return None
+
+
+def ways_of(backend: str, *, system: str, architecture: str) -> list[Serving]:
+    """The ways of a backend to any device of a machine like that."""
+    return [
+        row
+        for row in _TABLE
+        if row.backend == backend
+        and system in row.systems
+        and (not row.architectures or architecture in row.architectures)
+    ]
 
 
 def is_known(backend: str) -> bool:

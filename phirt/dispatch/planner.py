@@ -9,6 +9,7 @@ from typing import TypeAlias
 
 from phirt.devices.machine import BackendRecord, Machine
 from phirt.devices.names import DeviceName
+from phirt.dispatch.absent import why_missing
 from phirt.dispatch.fit import check_fit
 from phirt.dispatch.measurements import Measurement, fastest, predict_seconds
 from phirt.dispatch.needs import memory_need
@@ -148,6 +149,9 @@ class _Judge:
                 continue
             if offer.status == "no device" and not self._is_meant(offer):
                 yield _out("request", name, offer.device, self._another_device)
+            elif offer.status == "missing":
+                reason, fix = why_missing(self.machine, record, offer, self.device)
+                yield _out("runtime", name, self._any_device, reason, fix)
             else:
                 yield _out("runtime", name, offer.device, offer.reason, offer.fix)
         if offered:

@@ -211,11 +211,49 @@ class TestQuality:
 
 
 class TestRejected:
-    @pytest.mark.parametrize("status", ["missing", "broken", "no device"])
+    @pytest.mark.parametrize("status", ["broken", "no device"])
     def test_what_the_probe_said(self, status):
         told = replace(offer("cpu", status=status), fix="Do this.")
         found = row(plan_of(record("openvino", told)), "openvino")
         assert (found.stage, found.reason, found.fix) == ("runtime", f"cpu is {status}", "Do this.")
+
+    @pytest.mark.parametrize(
+        ("backend", "device", "reason", "extra"),
+        [
+            ("openvino", "auto", "its runtime is not installed", "openvino"),
+            ("openvino", "npu", "its runtime is not installed", "openvino"),
+            ("onnxruntime", "auto", "its runtime is not installed", "cpu"),
+            ("onnxruntime", "coreml", "its runtime is not installed", "cpu"),
+            ("onnxruntime", "cuda:1", "its runtime is not installed", "cuda"),
+            ("openvino", "cuda", "it is not installed, and would not serve 'cuda' by itself", None),
+            (
+                "onnxruntime",
+                "directml",
+                "it is not installed, and would not serve 'directml'",
+                None,
+            ),
+        ],
+    )
+    def test_what_would_bring_the_device_where_a_runtime_is_missing(
+        self, backend, device, reason, extra
+    ):
+        missing = record(backend, offer("cpu", status="missing"))
+        found = row(plan_of(missing, device=device), backend, "cpu" if device == "auto" else device)
+        assert found.stage == "runtime"
+        assert found.reason.startswith(reason)
+        assert found.fix == (extra and f'python -m pip install "phirt[{extra}]"')
+
+    def test_what_has_no_version_for_the_processor(self):
+        missing = record("openvino", offer("cpu", status="missing"))
+        here = machine(missing)
+        windows = replace(here, system="windows", cpu=replace(here.cpu, architecture="arm64"))
+        (found,) = make_plan(windows, FORMS, PlanRequest(model="m")).candidates
+        assert (found.reason, found.fix) == ("it has no version for Windows on arm64", None)
+
+    def test_a_plugin_knows_what_it_needs(self):
+        told = replace(offer("cpu", status="missing"), fix="Install zeta.")
+        found = row(plan_of(record("zeta", told), backend="zeta"), "zeta")
+        assert (found.reason, found.fix) == ("cpu is missing", "Install zeta.")
 
     @pytest.mark.parametrize("outcome", ["crashed", "raised", "timed out"])
     def test_a_runtime_that_could_not_be_asked(self, outcome):
