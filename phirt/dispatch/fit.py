@@ -5,8 +5,6 @@ The formula, and how far it is from what was measured, is in docs/memory.md.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from phirt.dispatch.footprint import TOKENIZER, TOKENIZER_PARSED, Footprint, footprint_of
 from phirt.dispatch.plan import MemoryNeed
 from phirt.dispatch.shape import ModelShape, bits_of, shape_of, shape_of_config, weights_bytes
@@ -65,7 +63,7 @@ def predict_memory(
     precision = precision or shape.likely_precision(weights_bytes)
     on_host = device_kind in _ON_HOST
     table = _table_bytes(shape, precision, weights_bytes)
-    tables = _tables(held, shape, layout).get(precision, 0) * table
+    tables = _tables(held, shape, layout, precision) * table
     factor = held.kept.get(precision, held.kept[""])
     kept = max(0, round(weights_bytes * factor) + tables)
     element = 2 if precision in _HALF and not on_host else 4
@@ -91,11 +89,13 @@ def predict_memory(
     return MemoryNeed(weights=kept, kv=kv, workspace=total - kept - kv, context=context, free=free)
 
 
-def _tables(held: Footprint, shape: ModelShape, layout: str) -> Mapping[str, int]:
-    """Embeddings that are kept beside the factor, by precision."""
+def _tables(held: Footprint, shape: ModelShape, layout: str, precision: str) -> int:
+    """Embeddings that are kept beside the factor."""
+    if not shape.tied:
+        return held.untied_tables
     if layout in ("safetensors", "mlx"):
-        return {}
-    return held.tables if shape.prunes_logits else held.foreign_tables
+        return 0
+    return (held.tables if shape.prunes_logits else held.foreign_tables).get(precision, 0)
 
 
 def _table_bytes(shape: ModelShape, precision: str, size: int) -> int:

@@ -2,7 +2,8 @@
 
 Each figure is of SmolLM2-135M on Linux, x86-64, with the versions that docs/memory.md names,
 and was read off a difference: of two precisions, two lengths, or before and after a load. What
-they are multiplied by (bytes of files, of a cache, of a table) is the model's own.
+they are multiplied by (bytes of files, of a cache, of a table) is the model's own, and held for
+a decoder of another shape, whose LM head is not its embedding.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ class Footprint:
         kept: By precision, bytes of weights that are resident once it has run, for each byte
             of their files. Where a precision is not named, the figure under ``""`` holds.
         loading: The same while it loads; where a precision is not named, as ``kept``.
-        tables: By precision, embeddings that are kept beside that; negative where the embedding
-            is read row by row from the mapped file.
+        tables: By precision, embeddings that are kept beside that, where the LM head is the
+            embedding; negative where the embedding is read row by row from the mapped file.
         foreign_tables: The same for a graph that phirt did not write.
+        untied_tables: The same, in every precision, where the LM head is another matrix.
         packs_head: Whether the LM head is there twice while it is being packed.
         chunk: Most tokens of a prompt that it runs at once.
         cache_copies: Bytes for each byte of a cache that more than one chunk has made.
@@ -45,6 +47,7 @@ class Footprint:
     loading: Mapping[str, float] = field(default_factory=dict)
     tables: Mapping[str, int] = field(default_factory=dict)
     foreign_tables: Mapping[str, int] = field(default_factory=dict)
+    untied_tables: int = -1
     packs_head: bool = False
     chunk: int = 512
     cache_copies: int = 1
@@ -68,19 +71,19 @@ _ORT = Footprint(
     tables=_ORT_TABLES,
     foreign_tables=_FOREIGN_TABLES,
     packs_head=True,
-    activations=2.2,
+    activations=2.9,
     logits_copies=(2, 3),
     smaller=_QUANTIZED,
 )
 # The same runtime, driven by genai: a chunk is `phirt.backends.onnxruntime_genai.session.CHUNK`.
 _GENAI = Footprint(
-    runtime=52_000_000,
+    runtime=64_000_000,
     kept=_PACKED,
     tables=_ORT_TABLES,
     foreign_tables=_FOREIGN_TABLES,
     packs_head=True,
     chunk=256,
-    activations=0.6,
+    activations=2.0,
     logits_copies=(1, 1),
     smaller=_QUANTIZED,
 )
@@ -92,6 +95,7 @@ _OPENVINO = Footprint(
     kept={"": 2.0},
     loading={"fp32": 2.7, "fp16": 2.7},
     tables={"fp32": 1},
+    untied_tables=-2,
     cache_copies=2,
     activations=2.8,
     smaller=_QUANTIZED,
@@ -107,10 +111,11 @@ _MLX = Footprint(
     runtime=17_000_000,
     kept={"fp32": 1.0, "fp16": 2.0, "bf16": 2.0, "": 1.0},
     loading={"fp32": 2.0, "fp16": 3.0, "bf16": 3.0, "": 2.0},
+    untied_tables=0,
     activations=2.7,
 )
 # Of a backend that was not measured, from above.
-_UNKNOWN = Footprint(runtime=150_000_000, kept={"": 1.2}, activations=2.8)
+_UNKNOWN = Footprint(runtime=150_000_000, kept={"": 1.2}, untied_tables=0, activations=2.8)
 
 _FOOTPRINTS = {
     "onnxruntime": _ORT,

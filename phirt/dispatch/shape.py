@@ -40,6 +40,7 @@ class ModelShape:
         context_length: Longest sequence that the model was made for, in tokens.
         num_weights: Weights of its matrices, an embedding that is the LM head counted once;
             estimated where the folder does not say.
+        tied: Whether the LM head is the embedding; assumed where the folder does not say.
         prunes_logits: Whether a prompt's logits are computed for its last position alone.
     """
 
@@ -52,6 +53,7 @@ class ModelShape:
     vocab_size: int
     context_length: int
     num_weights: int
+    tied: bool = True
     prunes_logits: bool = True
 
     @property
@@ -84,16 +86,16 @@ def shape_of_config(config: DecoderConfig) -> ModelShape:
         intermediate_size=config.intermediate_size,
         vocab_size=config.vocab_size,
         context_length=config.context_length,
-        tables=1 if config.tie_word_embeddings else 2,
+        tied=config.tie_word_embeddings,
         prunes_logits=True,
     )
 
 
 def shape_of(folder: ModelFolder) -> ModelShape:
-    """The shape of a model folder, from its small files.
+    """The shape of a model folder, from its small files and the size of the others.
 
-    What they do not say is taken to be as in most decoders: heads that side by side are as wide
-    as the stream, an MLP of four times the width, an embedding that is the LM head.
+    A graph's configuration does not say how wide the MLP is, nor whether the LM head is the
+    embedding. It is taken to be, and the MLP to be what is left of the weights.
     """
     # phirt's own graphs compute the logits of the positions that are asked for; so do the
     # runtimes that read safetensors.
@@ -108,19 +110,30 @@ def shape_of(folder: ModelFolder) -> ModelShape:
         return replace(shape_of_config(config), prunes_logits=prunes)
     facts, spec = folder.facts, folder.decoder
     num_heads = (spec and spec.num_heads) or facts.num_kv_heads
-    hidden_size = num_heads * facts.head_size
-    return _shape(
+    shape = _shape(
         num_layers=facts.num_layers,
         num_heads=num_heads,
         num_kv_heads=facts.num_kv_heads,
         head_size=facts.head_size,
-        hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size,
+        hidden_size=num_heads * facts.head_size,
+        intermediate_size=4 * num_heads * facts.head_size,
         vocab_size=facts.vocab_size,
         context_length=facts.context_length,
-        tables=1,
+        tied=True,
         prunes_logits=prunes,
     )
+    return _with_weights(shape, weights_bytes(folder), folder.artifact.precision)
+
+
+def _with_weights(shape: ModelShape, size: int, precision: str | None) -> ModelShape:
+    """The shape with the MLP that makes its weights of that size."""
+    bits = bits_of(precision or shape.likely_precision(size))
+    if bits is None:
+        return shape
+    num_weights = round(8 * size / bits)
+    per_row = 3 * shape.num_layers * shape.hidden_size
+    rows = shape.intermediate_size + (num_weights - shape.num_weights) // per_row
+    return replace(shape, intermediate_size=max(rows, shape.hidden_size), num_weights=num_weights)
 
 
 def _shape(
@@ -133,12 +146,13 @@ def _shape(
     intermediate_size: int,
     vocab_size: int,
     context_length: int,
-    tables: int,
+    tied: bool,
     prunes_logits: bool,
 ) -> ModelShape:
     """A shape, its weights counted: attention, the gated MLP, and the tables."""
     attention = 2 * (num_heads + num_kv_heads) * head_size * hidden_size
     mlp = 3 * intermediate_size * hidden_size
+    tables = (1 if tied else 2) * vocab_size * hidden_size
     return ModelShape(
         num_layers=num_layers,
         num_heads=num_heads,
@@ -148,7 +162,8 @@ def _shape(
         intermediate_size=intermediate_size,
         vocab_size=vocab_size,
         context_length=context_length,
-        num_weights=num_layers * (attention + mlp) + tables * vocab_size * hidden_size,
+        num_weights=num_layers * (attention + mlp) + tables,
+        tied=tied,
         prunes_logits=prunes_logits,
     )
 
