@@ -183,6 +183,60 @@ def test_a_child_without_a_parent_ends_by_itself(faulty, tmp_path):
     assert not (tmp_path / "answer").exists()
 
 
+class TestRealAdapters:
+    """What users meet: an installation of a known runtime that is damaged."""
+
+    @pytest.fixture
+    def site(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_machine_dir: Path
+    ) -> Callable[..., Path]:
+        """Installs a package of this name that does as the source says, before any other."""
+
+        def install(name: str, source: str) -> Path:
+            (tmp_path / "site" / name).mkdir(parents=True)
+            (tmp_path / "site" / name / "__init__.py").write_text(source, encoding="utf-8")
+            monkeypatch.syspath_prepend(str(tmp_path / "site"))
+            monkeypatch.setattr(survey, "backend_names", lambda: [name])
+            return tmp_path / "site"
+
+        return install
+
+    def find(self, *, listing_s: float = 60) -> DeviceBackend:
+        (cpu, *_) = devices_of(Survey(listing_timeout_s=listing_s).machine(trials="all"))
+        (row,) = cpu.backends
+        return row
+
+    def test_an_import_that_raises(self, site):
+        site("openvino", "raise ImportError('libtbb.so.12: cannot open shared object file')")
+        row = self.find()
+        assert row.status == "broken"
+        assert "libtbb.so.12: cannot open shared object file" in row.reason
+        assert "python -m pip install --force-reinstall openvino" in f"{row.reason} {row.fix}"
+
+    def test_an_import_that_aborts(self, site):
+        site("openvino", "import signal; signal.raise_signal(signal.SIGILL)")
+        row = self.find()
+        assert (row.status, row.reason) == ("broken", ASKED + SIGILL)
+
+    def test_an_import_that_hangs(self, site):
+        site("openvino", "import time; time.sleep(10_000)")
+        row = self.find(listing_s=4)
+        assert (row.status, row.reason) == ("broken", ASKED + "gave no answer within 4 s.")
+
+    def test_two_wheels_that_overwrote_each_other(self, site):
+        folder = site("onnxruntime", "")
+        for name, version in (("onnxruntime", "1.31.1"), ("onnxruntime-gpu", "1.26.0")):
+            metadata = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+            metadata.mkdir()
+            text = f"Name: {name}\nVersion: {version}\n"
+            (metadata / "METADATA").write_text(text, encoding="utf-8")
+            (metadata / "RECORD").write_text("onnxruntime/__init__.py,,\n", encoding="utf-8")
+        row = self.find()
+        assert row.status == "broken"
+        assert "both installed the package 'onnxruntime'" in row.reason
+        assert "python -m pip uninstall -y onnxruntime onnxruntime-gpu" in f"{row.reason}{row.fix}"
+
+
 @pytest.mark.parametrize("target", ["ProbeIsIllegal", "TrialIsIllegal"])
 def test_the_command_tells_of_it_and_succeeds(faulty, target, capsys):
     faulty(f"tests.dispatch.faulty:{target}")
