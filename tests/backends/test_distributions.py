@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from phirt.backends.distributions import check_single_owner
+from phirt.backends.distributions import check_single_owner, find_conflicts
 from phirt.backends.importing import import_runtime
 from phirt.errors import BackendBrokenError
 
@@ -133,3 +133,32 @@ def test_the_path_may_name_what_is_not_there(environment, monkeypatch, tmp_path)
     )
     environment.install("engine", "1", "engine/__init__.py")
     check()
+
+
+class TestEveryConflict:
+    """As the doctor looks: at all distributions, whatever their names, and at every file."""
+
+    def conflicts(self):
+        return [(each.module, dict(each.owners)) for each in find_conflicts("engine".__eq__)]
+
+    def test_names_and_files_that_tell_nothing(self, environment):
+        environment.install("engine", "1", "engine/__init__.py", "engine/a.so")
+        environment.install("motor", "2", "engine/a.so")
+        assert self.conflicts() == [("engine", {"engine": "1", "motor": "2"})]
+
+    def test_packages_that_are_not_looked_at(self, environment):
+        environment.install("one", "1", "tests/__init__.py")
+        environment.install("two", "1", "tests/__init__.py")
+        assert self.conflicts() == []
+
+    def test_what_lies_behind_the_imported_package_does_not_matter(self, environments):
+        first, second = environments
+        first.install("engine", "1", "engine/__init__.py")
+        for name in ("engine", "engine-gpu"):
+            second.install(name, "2", "engine/__init__.py")
+        assert self.conflicts() == []
+
+    def test_what_python_compiles_and_commands_are_nobodys(self, environment):
+        for name in ("engine", "engine-gpu"):
+            environment.install(name, "1", "engine/__pycache__/a.pyc", "../../bin/engine")
+        assert self.conflicts() == []
