@@ -57,6 +57,15 @@ _WINDOWS_DRIVER = "Install the driver that the maker of the device offers."
 _TORCH_BUILD = (
     "Install a build of torch for it: https://pytorch.org/get-started/locally has the command."
 )
+# The one that pip takes by itself is for NVIDIA's GPUs, or for none.
+_TORCH_FIRST = (
+    "Install a build of torch for it (https://pytorch.org/get-started/locally has the command), "
+    'then: python -m pip install "phirt[torch]"'
+)
+_TORCH_INTEL = (
+    "Install Intel's driver and a build of torch for it, if it is one of the GPUs of "
+    "https://docs.pytorch.org/docs/stable/notes/get_start_xpu.html."
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,7 +305,7 @@ _TABLE = (
         kind="gpu",
         vendors=("amd",),
         systems=("linux",),
-        extra="torch",
+        install=_TORCH_FIRST,
         brings=("torch",),
         build=_TORCH_BUILD,
         driver=_TORCH_BUILD,
@@ -307,10 +316,10 @@ _TABLE = (
         kind="gpu",
         vendors=("intel",),
         systems=("linux", "windows"),
-        extra="torch",
+        install=_TORCH_FIRST,
         brings=("torch",),
         build=_TORCH_BUILD,
-        driver=_TORCH_BUILD,
+        driver=_TORCH_INTEL,
     ),
     Serving(
         backend="transformers",
