@@ -257,13 +257,21 @@ def _find_missing(name: str) -> BackendRecord | None:
     """The record of a backend whose runtime is not installed, or None where it may be."""
     modules, extra = _RUNTIMES.get(name, ((), ""))
     for module in modules:
-        if importlib.util.find_spec(module) is None:
-            try:
-                import_runtime(module, backend=name, extra=extra)
-            except BackendNotInstalledError as error:
-                listing = tuple(unavailable(error, extra=extra))
-                return BackendRecord(backend=name, outcome="listed", listing=listing)
+        if _may_be_installed(module):
+            continue
+        try:
+            import_runtime(module, backend=name, extra=extra)
+        except BackendNotInstalledError as error:
+            listing = tuple(unavailable(error, extra=extra))
+            return BackendRecord(backend=name, outcome="listed", listing=listing)
     return None
+
+
+def _may_be_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return True  # a module that an application has put in its place
 
 
 def _two_at_a_time(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
