@@ -108,7 +108,14 @@ class Forms:
 
     def _find(self, wanted: Wanted) -> list[PlannedArtifact]:
         if isinstance(self._meaning, Path):
-            return self._at_path(self._meaning, wanted)
+            try:
+                return self._at_path(self._meaning, wanted)
+            except FileNotFoundError as error:
+                if isinstance(error, ModelError):
+                    raise
+                raise ModelNotFoundError(
+                    f"The model at {self._meaning} was removed while it was being looked at."
+                ) from error
         options = options_of(self._meaning.target, label=self._meaning.label, wanted=wanted)
         for option in options:
             found = list(self._in_store(option, wanted))
