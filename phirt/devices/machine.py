@@ -137,7 +137,8 @@ class BackendRecord:
     Attributes:
         backend: Name of the backend.
         outcome: Of asking it in a process of its own.
-        reason: What was seen where it did not list.
+        reason: What was seen where it did not list, or why it was asked in the application's own
+            process.
         fix: What the user can do about that, or None.
         version: Of the runtime, or None where it does not import.
         listing: What its probe said, device by device.
