@@ -58,8 +58,9 @@ Iris Xe Graphics (GPU, driver i915)
   no-device   transformers       gpu           transformers 5.23.0, torch 2.13.0
               transformers 5.23.0, torch 2.13.0 is installed, and does not find
               the device.
-              Install a build of torch for it:
-              https://pytorch.org/get-started/locally has the command.
+              Install Intel's driver and a build of torch for it, if it is one
+              of the GPUs of
+              https://docs.pytorch.org/docs/stable/notes/get_start_xpu.html.
 
 GeForce RTX 4090 (GPU, 24.0 GB, driver nvidia 570.1)
   missing     onnxruntime        cuda          onnxruntime 1.31.1
