@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 import phirt
 from benchmarks.precision_table import compare
-from phirt.dispatch.registry import automatic_names
+from phirt.dispatch.registry import backend_names, is_automatic
 from phirt.protocols import LoadedModel
 
 TEXT = Path(__file__).with_name("quality_text.txt")
@@ -66,7 +66,7 @@ def logits_of(model: LoadedModel, token_ids: Sequence[int]) -> NDArray[np.float3
 def load_all(stack: ExitStack, device: str) -> dict[str, phirt.Model]:
     """Every backend that loads the default model, in its own precision and in fp32."""
     models: dict[str, phirt.Model] = {}
-    for backend in automatic_names():
+    for backend in [name for name in backend_names() if is_automatic(name)]:
         for precision in ("auto", "fp32"):
             try:
                 model = phirt.load(backend=backend, device=device, precision=precision)
