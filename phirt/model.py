@@ -10,6 +10,7 @@ from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
 
+from phirt.devices.heap import trim_heap
 from phirt.devices.names import DeviceName
 from phirt.dispatch.registry import formats_of
 from phirt.errors import ModelNotFoundError, SessionClosedError, UnsupportedModelError
@@ -225,6 +226,7 @@ class Model:
         folder = selection.folder
         self._defaults = GenerationDefaults.from_config(folder.generation_defaults)
         self._tokenizer = Tokenizer.from_file(folder.tokenizer_path)
+        trim_heap()  # of what parsing left
         self._template = (
             None
             if folder.chat_template is None

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 __all__ = ["TOKENIZER", "TOKENIZER_PARSED", "Footprint", "footprint_of"]
 
-TOKENIZER = 700
+TOKENIZER = 400
 """Bytes that a tokenizer keeps for each token of its vocabulary."""
 
 TOKENIZER_PARSED = 870
