@@ -17,7 +17,7 @@ __all__ = ["ModelShape", "bits_of", "shape_of", "shape_of_config", "weights_byte
 _BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "exact": 9.0, "int8": 8.7, "int4": 6.3}
 
 # Where nobody says how weights are stored, what bits they have on average tells it.
-_LIKELY = ((18.0, "fp32"), (10.0, "fp16"), (5.2, "int8"), (0.0, "int4"))
+_LIKELY = ((18.0, "fp32"), (10.0, "fp16"), (6.45, "int8"), (0.0, "int4"))
 
 
 def bits_of(precision: str) -> float | None:
