@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from phirt.build.precision import FORMAT_PRECISIONS, Precision, check_precision
+from phirt.build.version import CONVERTER_VERSION
 from phirt.errors import BackendNotInstalledError, PhirtError, UnsupportedModelError
 from phirt.models.folder import ModelFolder, read_folder
 from phirt.models.hub_models import slug, with_origin
@@ -175,8 +176,6 @@ def find_converted(name: str, source_id: str, wanted: Wanted) -> ModelFolder | N
 
 def artifact_key(name: str, layout: str, precision: str, source_id: str, texts: str = "") -> str:
     """Key in the store: all that an artifact depends on, a newer converter makes a new one."""
-    from phirt.build.convert import CONVERTER_VERSION
-
     digest = source_id.partition(":")[2]
     if texts:
         digest = hashlib.sha256(f"{digest}\0{texts}".encode()).hexdigest()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from phirt.build.version import CONVERTER_VERSION
 from phirt.conversion import Wanted, convert_checkpoint, find_converted, required_layout
 from phirt.errors import ModelError, UnsupportedModelError
 from phirt.models.catalog import CatalogEntry, HubSource, PypiSource, Source
@@ -295,8 +296,6 @@ def is_converted(model: InstalledModel) -> bool:
 
 def _is_current(model: InstalledModel) -> bool:
     """Whether it was fetched as it is, or made by the converter that is here now."""
-    from phirt.build.convert import CONVERTER_VERSION
-
     return model.manifest.versions.get("converter") in (None, str(CONVERTER_VERSION))
 
 

@@ -14,16 +14,14 @@ from phirt.build.checkpoint import Checkpoint, CheckpointTensor
 from phirt.build.documents import genai_document, write_json
 from phirt.build.precision import LOSSLESS, Precision, check_precision
 from phirt.build.sources import Source, open_source
+from phirt.build.version import CONVERTER_VERSION
 from phirt.models.canary import write_canary
 from phirt.models.decoder_config import DecoderConfig
 from phirt.models.genai_config import GENAI_CONFIG_NAME
 from phirt.models.manifest import write_manifest
 from phirt.types import Progress, ProgressCallback
 
-__all__ = ["CONVERTER_VERSION", "choose_precision", "convert", "estimate_bytes"]
-
-CONVERTER_VERSION = 4
-"""Counts changes of what the converter writes: artifacts of another version are made anew."""
+__all__ = ["choose_precision", "convert", "estimate_bytes"]
 
 # Bits per weight, scales included, from above.
 _BITS = {

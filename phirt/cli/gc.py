@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from phirt.build.version import CONVERTER_VERSION
 from phirt.cli.selection import print_json
 from phirt.models.store import Store
 from phirt.models.variants import megabytes
@@ -17,9 +18,6 @@ def collect(arguments: argparse.Namespace) -> None:
     Raises:
         StoreError: The store cannot be written.
     """
-    # Imported here: the converter is not what the other commands need.
-    from phirt.build.convert import CONVERTER_VERSION
-
     found = Store().collect(converter_version=CONVERTER_VERSION)
     if arguments.json:
         kept = [str(path) for path in found.kept]

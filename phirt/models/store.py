@@ -206,7 +206,7 @@ class Store:
 
         Args:
             converter_version: What artifacts must have been converted by to be kept
-                (`phirt.build.convert.CONVERTER_VERSION`).
+                (`phirt.build.version.CONVERTER_VERSION`).
 
         Raises:
             StoreError: The store cannot be written.
