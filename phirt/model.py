@@ -25,11 +25,10 @@ from phirt.remote import Announce
 from phirt.stream import Generation, TokenStream
 from phirt.text.chat import ChatTemplate
 from phirt.text.tokenizer import Tokenizer
-from phirt.types import ChatMessage, FloatArray, ProgressCallback, PromptLike
+from phirt.types import ChatMessage, FloatArray, Optimize, ProgressCallback, PromptLike
 
 if TYPE_CHECKING:
     from phirt.devices.machine import Trial
-    from phirt.dispatch.measurements import Optimize
     from phirt.dispatch.plan import Plan, PlanCandidate
     from phirt.dispatch.select import Selection
     from phirt.planning import Prepared

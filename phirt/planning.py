@@ -11,7 +11,7 @@ from phirt.devices.hardware import hardware_id
 from phirt.devices.machine import Machine
 from phirt.devices.names import DeviceName
 from phirt.dispatch.candidates import machine_for
-from phirt.dispatch.measurements import Measurements, Optimize
+from phirt.dispatch.measurements import Measurements
 from phirt.dispatch.plan import DEFAULT_CONTEXT, Plan, PlannedArtifact, PlanRequest
 from phirt.dispatch.planner import OFFERED, Accepts, make_plan
 from phirt.dispatch.registry import formats_of, get_backend
@@ -19,7 +19,7 @@ from phirt.errors import BackendError, PhirtError, UnsupportedModelError
 from phirt.forms import Forms
 from phirt.models.catalog import DEFAULT_MODEL
 from phirt.protocols import Accept, Reject
-from phirt.types import Artifact, ProgressCallback
+from phirt.types import Artifact, Optimize, ProgressCallback
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,7 +11,7 @@ from typing import TypeAlias
 from phirt.devices.hardware import hardware_id
 from phirt.devices.names import DeviceName
 from phirt.dispatch.measure import Effort, Task, measure_apart
-from phirt.dispatch.measurements import Measurement, Measurements, Optimize
+from phirt.dispatch.measurements import Measurement, Measurements
 from phirt.dispatch.plan import Plan, PlanCandidate
 from phirt.dispatch.planner import listed_as
 from phirt.dispatch.registry import formats_of, get_backend
@@ -19,7 +19,7 @@ from phirt.errors import PhirtError, UnsupportedModelError
 from phirt.planning import Prepared, plan_on
 from phirt.protocols import Reject
 from phirt.remote import Announce
-from phirt.types import ProgressCallback
+from phirt.types import Optimize, ProgressCallback
 
 __all__ = ["OnCandidate", "Tuning", "TuningFailure", "time_candidates", "tune"]
 

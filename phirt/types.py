@@ -19,6 +19,7 @@ __all__ = [
     "Hardware",
     "IntArray",
     "LogitsProcessor",
+    "Optimize",
     "Progress",
     "ProgressCallback",
     "PromptLike",
@@ -46,6 +47,9 @@ FinishReason: TypeAlias = Literal["stop", "stop_string", "length", "context", "c
 ``context``: the model's context is full; ``cancelled``: the caller closed the stream;
 ``error``: an exception ended it (what was produced so far is kept).
 """
+
+Optimize: TypeAlias = Literal["latency", "prefill", "throughput"]
+"""What a choice of backend and device is for; docs/tuning.md says which workload that is."""
 
 
 @dataclass(frozen=True, slots=True)

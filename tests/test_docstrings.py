@@ -7,7 +7,7 @@ import inspect
 import pkgutil
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 
@@ -45,7 +45,16 @@ def test_public_things_are_documented(name):
     assert [name for name, value in public_objects(module) if not inspect.getdoc(value)] == []
 
 
-@pytest.mark.parametrize("name", ["load", "pull"])
+FACE = ["devices", "load", "plan", "pull", "tune"]
+
+
+@pytest.mark.parametrize("name", FACE)
+def test_the_types_of_the_face_can_be_looked_up(name):
+    # As documentation and tools do it, which know no `if TYPE_CHECKING`.
+    assert "return" in get_type_hints(getattr(phirt, name))
+
+
+@pytest.mark.parametrize("name", ["load", "plan", "pull", "tune"])
 def test_the_face_of_the_library_says_what_it_raises(name):
     assert "Raises:" in (inspect.getdoc(getattr(phirt, name)) or "")
 

@@ -6,20 +6,21 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from phirt.devices.record_json import from_json, to_json
 from phirt.dispatch.machine_dir import machine_dir, read_record, update_record
+from phirt.types import Optimize
 
 __all__ = [
     "WORKLOADS",
     "Batch",
     "Measurement",
     "Measurements",
-    "Optimize",
     "Point",
     "Setting",
     "Workload",
+    "artifact_id",
     "fastest",
     "predict_seconds",
 ]
@@ -28,9 +29,6 @@ _logger = logging.getLogger(__name__)
 
 # Repeated on a quiet machine of two cores, the same setting differs by up to 4 %.
 _GAIN = 0.95
-
-Optimize: TypeAlias = Literal["latency", "prefill", "throughput"]
-"""What a choice is for; `WORKLOADS` says what that is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +55,20 @@ WORKLOADS: Mapping[Optimize, Workload] = MappingProxyType(
 )
 """``latency``: one answer to a prompt of ordinary length; ``prefill``: a long prompt and a
 short answer; ``throughput``: several requests at once, whose prompts take turns."""
+
+
+def artifact_id(weights_id: str, layout: str, precision: str | None) -> str:
+    """What speed is measured of: ``"sha256:...:onnx-genai:int8"``.
+
+    The identity of the weights is not enough: ``fp32`` and ``exact`` hold the same ones, and
+    each has kernels and a speed of its own.
+
+    Args:
+        weights_id: As in `Artifact`.
+        layout: As `Artifact.format`.
+        precision: As in `Artifact`.
+    """
+    return ":".join(filter(None, (weights_id, layout, precision)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +117,7 @@ class Measurement:
     """How fast an artifact is with a backend on a device, with one setting.
 
     Attributes:
-        artifact: `Artifact.weights_id` and layout: ``"sha256:...:onnx-genai"``.
+        artifact: Its `artifact_id`.
         backend: Name of the backend.
         device: Device name.
         version: Of the runtime, or None where it does not tell.

@@ -7,7 +7,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from phirt.dispatch.measurements import Optimize, Setting
+from phirt.dispatch.measurements import Setting
+from phirt.types import Optimize
 
 __all__ = [
     "DEFAULT_CONTEXT",
@@ -79,8 +80,7 @@ class PlannedArtifact:
         bytes: Size of the weights' files, where known.
         kl: Mean KL divergence from its fp32 source that was measured when it was built, in
             nats, or None where it was not.
-        id: `Artifact.weights_id` and layout, by which measurements are kept; None where it is
-            not here.
+        id: `artifact_id`, by which measurements are kept; None where it is not here.
         devices: Kinds of device that it was exported for; empty for any.
         backends: Backends that it is meant for; empty for all that read its layout.
     """

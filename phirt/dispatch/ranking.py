@@ -14,9 +14,8 @@ from enum import IntEnum
 
 from phirt.devices.machine import Machine
 from phirt.devices.names import DeviceName
-from phirt.dispatch.measurements import Optimize
 from phirt.dispatch.plan import PlanCandidate, PlannedArtifact
-from phirt.types import Availability
+from phirt.types import Availability, Optimize
 
 __all__ = ["KL_TOLERANCE", "Tier", "Way", "rank", "tier_of"]
 

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from phirt.devices.machine import BackendRecord, PciDevice, Quarantine, Trial
-from phirt.dispatch.measurements import Batch, Measurement, Optimize, Point, Setting
+from phirt.dispatch.measurements import Batch, Measurement, Point, Setting
 from phirt.dispatch.plan import Plan, PlanCandidate, PlannedArtifact, PlanRequest
 from phirt.dispatch.planner import make_plan
 from phirt.dispatch.shape import ModelShape
 from phirt.protocols import Accept, Reject
+from phirt.types import Optimize
 from tests.dispatch import fake_backend
 from tests.dispatch.fake_backend import GIB, machine, offer, record
 
