@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from phirt.build.precision import FORMAT_PRECISIONS, check_precision
 from phirt.conversion import Wanted, artifact_key, needed_packages, required_layout
+from phirt.dispatch.measurements import artifact_id
 from phirt.dispatch.plan import PlannedArtifact
 from phirt.errors import ModelError, ModelNotFoundError
 from phirt.locate import Checkpoint, checkpoint_at, locate, meaning_of, needs_conversion
@@ -230,7 +231,7 @@ class Forms:
             path=path,
             bytes=weights_bytes(folder),
             kl=_own_kl(path),
-            id=f"{artifact.weights_id}:{artifact.format}",
+            id=artifact_id(artifact.weights_id, artifact.format, artifact.precision),
         )
 
     def _made_of(self, checkpoint: Checkpoint, wanted: Wanted) -> list[PlannedArtifact]:
@@ -356,8 +357,9 @@ class Forms:
             if manifest is None:
                 return None
         self._labels[path] = label
-        weights = None
+        weights = known = None
         if manifest is not None:
+            known = artifact_id(manifest.weights_id, layout, manifest.precision)
             sizes = {name: record.size for name, record in manifest.files.items()}
             weights = sum(size for name, size in sizes.items() if not name.endswith(_SMALL))
         return PlannedArtifact(
@@ -367,7 +369,7 @@ class Forms:
             path=path,
             bytes=weights,
             kl=_own_kl(path),
-            id=f"{manifest.weights_id}:{layout}" if manifest else None,
+            id=known,
             devices=tuple(sorted(devices)),
         )
 

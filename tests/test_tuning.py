@@ -6,7 +6,7 @@ import pytest
 
 import phirt
 from phirt import tuning
-from phirt.dispatch.measurements import Measurement, Point, Setting
+from phirt.dispatch.measurements import Measurement, Point, Setting, artifact_id
 from phirt.errors import BackendRuntimeError, UnsupportedModelError
 from tests.installed import require
 
@@ -30,7 +30,7 @@ def timed(monkeypatch, own_machine_dir):
         if seconds is None:
             raise BackendRuntimeError(f"{task.backend} cannot be timed: it was told not to")
         base = Measurement(
-            artifact=f"{task.weights_id}:{task.format}",
+            artifact=artifact_id(task.weights_id, task.format, task.precision),
             backend=task.backend,
             device=task.device,
             version=task.version,
@@ -58,6 +58,25 @@ def test_what_was_measured_decides_from_then_on(timed, tiny_gguf):
         speed = chosen(model.plan).speed
         assert speed is not None
         assert speed.setting == Setting(threads=1)
+
+
+def test_it_counts_for_a_backend_that_is_named_too(timed, tiny_gguf):
+    require("onnxruntime")
+    phirt.tune(tiny_gguf)
+    with phirt.load(tiny_gguf, backend="onnxruntime") as model:
+        speed = chosen(model.plan).speed
+    assert speed is not None
+    assert speed.setting == Setting(threads=1)
+
+
+def test_precisions_that_hold_the_same_weights_are_measured_each(timed, tiny_gguf):
+    require("onnxruntime")
+    phirt.tune(tiny_gguf, backend="onnxruntime", device="cpu", precision="fp32")
+    other = phirt.plan(tiny_gguf, backend="onnxruntime", device="cpu", precision="exact")
+    assert chosen(other).speed is None
+    phirt.load(tiny_gguf, backend="onnxruntime", device="cpu", precision="exact").close()
+    other = phirt.plan(tiny_gguf, backend="onnxruntime", device="cpu", precision="exact")
+    assert (chosen(other).artifact.state, chosen(other).speed) == ("here", None)
 
 
 def test_what_cannot_be_timed_is_told_and_stays_usable(timed, tiny_gguf):

@@ -6,11 +6,11 @@ was named is asked here: it is used, or an error says why not.
 
 from __future__ import annotations
 
-import os
 import platform
 
 from phirt._version import __version__
-from phirt.devices.machine import BackendRecord, Cpu, Machine
+from phirt.devices.hardware import read_system
+from phirt.devices.machine import BackendRecord, Machine
 from phirt.devices.memory import read_memory
 from phirt.devices.names import DeviceName
 from phirt.dispatch.plan import PlanCandidate, PlannedArtifact, PlanRequest
@@ -45,13 +45,18 @@ def machine_for(backend: str) -> Machine:
     listing = tuple(get_backend(backend).probe())
     version = next((found.version for found in listing if found.version), None)
     asked = BackendRecord(backend=backend, outcome="listed", version=version, listing=listing)
+    system = read_system()
     # Of the others nothing is known, and nothing is needed.
     others = [name for name in backend_names() if name != backend]
     return Machine(
         phirt=__version__,
         python=platform.python_version(),
-        system=platform.system().lower(),
-        cpu=Cpu(name="", architecture=platform.machine().lower(), threads=os.cpu_count() or 1),
+        system=system.system,
+        release=system.release,
+        # What was measured on this machine is found by these.
+        cpu=system.cpu,
+        pci=system.pci,
+        drivers=system.drivers,
         memory=read_memory(),
         backends=(asked, *(BackendRecord(backend=name, outcome="not run") for name in others)),
         quarantine=quarantine.entries(),

@@ -30,6 +30,7 @@ from phirt.dispatch.measurements import (
     Measurement,
     Point,
     Setting,
+    artifact_id,
     predict_seconds,
 )
 from phirt.dispatch.registry import get_backend
@@ -192,7 +193,7 @@ def measure(task: Task) -> Iterator[Measurement]:
             model.close()
         found.append(
             Measurement(
-                artifact=f"{task.weights_id}:{task.format}",
+                artifact=artifact_id(task.weights_id, task.format, task.precision),
                 backend=task.backend,
                 device=task.device,
                 version=task.version,
