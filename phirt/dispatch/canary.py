@@ -12,7 +12,8 @@ import json
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,16 @@ from phirt.protocols import LoadedModel, ModelInfo
 from phirt.text.tokenizer import Tokenizer
 from phirt.types import FloatArray
 
-__all__ = ["TOLERANCE", "Verdict", "canary_logits", "check_loaded", "run_canary"]
+__all__ = [
+    "TOLERANCE",
+    "Place",
+    "Verdict",
+    "canary_logits",
+    "check_loaded",
+    "forget_verdicts",
+    "known_verdict",
+    "run_canary",
+]
 
 TOLERANCE = 0.02
 """Nats by which a device may differ beyond what rounding the weights makes (docs/canary.md)."""
@@ -62,6 +72,26 @@ class Verdict:
     kl: float | None
     bound: float | None
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """What computes: the same one gives the same numbers again.
+
+    Attributes:
+        backend: Name of the backend.
+        device: Name of the device.
+        version: Of the runtime.
+        driver: Version of the device's driver, or None.
+        hardware: `hardware_id` of the machine: processors take other kernels, and a store may
+            be shared by several machines.
+    """
+
+    backend: str
+    device: str
+    version: str | None
+    driver: str | None
+    hardware: str
 
 
 def run_canary(loaded: LoadedModel, canary: Canary) -> float:
@@ -112,11 +142,8 @@ def canary_logits(loaded: LoadedModel, token_ids: Sequence[int]) -> FloatArray:
 def check_loaded(
     loaded: LoadedModel,
     folder: ModelFolder,
+    place: Place,
     *,
-    backend: str,
-    device: str,
-    version: str | None,
-    driver: str | None,
     reference: Callable[[], LoadedModel | None],
 ) -> Verdict:
     """Compare a loaded model with what its weights say, unless that was done before.
@@ -126,10 +153,7 @@ def check_loaded(
     Args:
         loaded: The model.
         folder: What it was loaded from.
-        backend: Name of the backend that loaded it.
-        device: Name of the device that it runs on.
-        version: Of the runtime.
-        driver: Version of the device's driver, or None.
+        place: What it was loaded with.
         reference: Loads the same artifact with another backend on the CPU, or gives None;
             called only where the artifact's canary does not suffice. What it loads is closed
             here.
@@ -140,21 +164,40 @@ def check_loaded(
         DeviceError: The device or its memory does not suffice.
         StoreError: There is no place for the record (`machine_dir`).
     """
-    record = _record_of(folder, backend, device, version, driver)
-    known = _read_verdict(record)
+    known = known_verdict(folder, place)
     if known is not None:
         return known
     canary = read_canary(folder.artifact.path, vocab_size=loaded.info.vocab_size)
     if canary is not None and canary.own_kl is not None:
         verdict = _judge(run_canary(loaded, canary), canary, "its original weights")
-    elif DeviceName.parse(device).kind == "cpu":
+    elif DeviceName.parse(place.device).kind == "cpu":
         verdict = _unverified("the artifact has no canary, and the CPU is what others are held to")
     else:
         verdict = _compare(loaded, folder, canary, reference)
-    _logger.info("Canary of %s with %s on %s: %s", folder.artifact.name, backend, device, verdict)
+    _logger.info("Canary of %s, %s: %s", folder.artifact.name, place, verdict)
     if verdict.status != "unverified":  # Something to compare with may turn up.
-        _write_verdict(record, verdict)
+        _write_verdict(_record_of(folder, place), verdict)
     return verdict
+
+
+def known_verdict(folder: ModelFolder, place: Place) -> Verdict | None:
+    """What an earlier comparison found, or None where there was none.
+
+    Args:
+        folder: What is, or would be, loaded.
+        place: What it is loaded with.
+
+    Raises:
+        StoreError: There is no place for the record (`machine_dir`).
+    """
+    return _read_verdict(_record_of(folder, place))
+
+
+def forget_verdicts() -> None:
+    """Have every model compared anew when it is loaded next."""
+    for record in _records().glob("*.json"):
+        with suppress(OSError):
+            record.unlink(missing_ok=True)
 
 
 def _compare(
@@ -215,20 +258,21 @@ class _Record:
     key: dict[str, str | None]
 
 
-def _record_of(
-    folder: ModelFolder, backend: str, device: str, version: str | None, driver: str | None
-) -> _Record:
+def _record_of(folder: ModelFolder, place: Place) -> _Record:
     key = {
         "weights_id": folder.artifact.weights_id,
         "layout": folder.artifact.format,
-        "backend": backend,
-        "version": version,
-        "device": device,
-        "driver": driver,
+        # Weights of one identity may be stored in several, for which there are other kernels.
+        "precision": folder.artifact.precision,
         "phirt": __version__,
+        **asdict(place),
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    return _Record(machine_dir() / "canaries" / f"{digest}.json", key)
+    return _Record(_records() / f"{digest}.json", key)
+
+
+def _records() -> Path:
+    return machine_dir() / "canaries"
 
 
 def _read_verdict(record: _Record) -> Verdict | None:

@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
+from phirt.devices.hardware import hardware_id
 from phirt.devices.machine import Machine, Trial
 from phirt.devices.names import DeviceName
 from phirt.dispatch import quarantine
-from phirt.dispatch.canary import check_loaded
+from phirt.dispatch.canary import Place, Verdict, check_loaded, known_verdict
 from phirt.dispatch.fit import check_fit
+from phirt.dispatch.measurements import artifact_id
 from phirt.dispatch.needs import memory_need
 from phirt.dispatch.plan import Plan, PlanCandidate, PlannedArtifact, Stage
 from phirt.dispatch.planner import listed_as
@@ -185,6 +187,9 @@ class PlanLoader:
                 raise _RejectedError("model", verdict.reason.rstrip("."), None, fix=verdict.fix)
             if candidate.memory is None:
                 self._check_fit(candidate, folder, plan)
+            known = known_verdict(folder, self._place(candidate))
+            if known is not None and known.status == "failed" and plan.device == "auto":
+                raise self._wrong_numbers(candidate, known)  # before the weights are read
             options = self._options_for(candidate)
             return folder, backend.load(folder.artifact, candidate.device, options)
         except _FAILURES as error:
@@ -230,19 +235,11 @@ class PlanLoader:
         self, candidate: PlanCandidate, folder: ModelFolder, loaded: LoadedModel, plan: Plan
     ) -> str:
         """Hold the loaded model's numbers against its weights'; what there is to say of them."""
-        backend, device = candidate.backend, candidate.device
-        offer = listed_as(self._machine, backend, device)
-        record = self._machine.backend(backend)
-        version = offer.version or (record.version if record else None)
-        driver = offer.hardware.driver if offer.hardware else None
         try:
             verdict = check_loaded(
                 loaded,
                 folder,
-                backend=backend,
-                device=device,
-                version=version,
-                driver=driver,
+                self._place(candidate),
                 reference=lambda: self._reference(candidate, folder, plan),
             )
         except _FAILURES as failure:
@@ -250,26 +247,48 @@ class PlanLoader:
         if verdict.status == "passed":
             return ""
         if verdict.status == "unverified":
-            is_cpu = DeviceName.parse(device).kind == "cpu"
+            is_cpu = _is_cpu(candidate)
             return "" if is_cpu else f"{candidate.described} is unverified: {verdict.reason}"
         if plan.device != "auto":
             return _warn(
                 f"{candidate.described} was named, and is used although it computes wrong numbers: "
                 f"{verdict.reason}"
             )
-        quarantine.add(
-            backend=backend,
-            device=offer.device,
-            version=version,
-            driver=driver,
-            reason=verdict.reason,
-        )
-        fix = f'Update its driver or runtime, or pass device="{device}" to use it all the same.'
+        raise self._wrong_numbers(candidate, verdict)
+
+    def _wrong_numbers(self, candidate: PlanCandidate, verdict: Verdict) -> _RejectedError:
+        """What a failed comparison comes to where the device was not named."""
+        backend, device = candidate.backend, candidate.device
+        cure = "Update its runtime, name another precision"
+        if not _is_cpu(candidate):
+            # On a CPU it says nothing of other models: there it is how coarsely this one's
+            # activations are rounded that makes the difference, and not a fault of the device.
+            cure = "Update its driver or runtime"
+            place = self._place(candidate)
+            quarantine.add(
+                backend=backend,
+                device=listed_as(self._machine, backend, device).device,
+                version=place.version,
+                driver=place.driver,
+                reason=verdict.reason,
+            )
+        fix = f'{cure}, or pass device="{device}" to use it all the same.'
         error = BackendRuntimeError(
             f"Backend {backend!r} computes wrong numbers on device {device!r}: "
             f"{verdict.reason.rstrip('.')}. {fix}"
         )
-        raise _RejectedError("answer", f"wrong numbers: {verdict.reason}", error, fix=fix)
+        return _RejectedError("answer", f"wrong numbers: {verdict.reason}", error, fix=fix)
+
+    def _place(self, candidate: PlanCandidate) -> Place:
+        offer = listed_as(self._machine, candidate.backend, candidate.device)
+        record = self._machine.backend(candidate.backend)
+        return Place(
+            backend=candidate.backend,
+            device=candidate.device,
+            version=offer.version or (record.version if record else None),
+            driver=offer.hardware.driver if offer.hardware else None,
+            hardware=hardware_id(self._machine),
+        )
 
     def _reference(
         self, candidate: PlanCandidate, folder: ModelFolder, plan: Plan
@@ -319,6 +338,10 @@ class _RejectedError(Exception):
         self.fix = fix
 
 
+def _is_cpu(candidate: PlanCandidate) -> bool:
+    return DeviceName.parse(candidate.device).kind == "cpu"
+
+
 def _as_found(artifact: PlannedArtifact | None, folder: ModelFolder) -> PlannedArtifact:
     """A planned artifact as it was made or fetched."""
     found = folder.artifact
@@ -330,7 +353,7 @@ def _as_found(artifact: PlannedArtifact | None, folder: ModelFolder) -> PlannedA
         state="here",
         path=found.path,
         bytes=weights_bytes(folder),
-        id=f"{found.weights_id}:{found.format}",
+        id=artifact_id(found.weights_id, found.format, found.precision),
     )
 
 

@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -82,6 +83,7 @@ class Survey:
         self._listing_timeout_s = listing_timeout_s
         self._trial_timeout_s = trial_timeout_s
         self._report: Report = report or (lambda _: None)
+        self._stop = threading.Event()
 
     def machine(self, *, trials: Trials = "cached") -> Machine:
         """The record of this machine. Memory is read anew, all else where it is not known.
@@ -93,7 +95,7 @@ class Survey:
         known = here.cache.read()
         names = backend_names()
         missing = [name for name in names if name not in known]
-        found = _two_at_a_time(lambda name: self._listed(here.cache, name), missing)
+        found = self._two_at_a_time(lambda name: self._listed(here.cache, name), missing)
         known |= dict(zip(missing, found, strict=True))
         records = [known[name] for name in names]
         if trials == "all":
@@ -112,15 +114,17 @@ class Survey:
         return self._tried(_Here.look().cache, backend, device)
 
     def refresh(self) -> None:
-        """Forget lists and trials of any state of this machine, and end all quarantines."""
+        """Forget lists, trials and verdicts of this machine, and end all quarantines."""
         from phirt.dispatch import quarantine
+        from phirt.dispatch.canary import forget_verdicts
 
         forget_surveys(machine_dir())
+        forget_verdicts()
         quarantine.release()
 
     def _try_all(self, cache: SurveyCache, records: list[BackendRecord]) -> list[BackendRecord]:
         wanted = [(record.backend, device) for record in records for device in to_try(record)]
-        made = _two_at_a_time(lambda each: self._tried(cache, *each), wanted)
+        made = self._two_at_a_time(lambda each: self._tried(cache, *each), wanted)
         tried = {record.backend: record for record in records}
         for (name, _), trial in zip(wanted, made, strict=True):
             tried[name] = with_trial(tried[name], trial)
@@ -157,8 +161,9 @@ class Survey:
             _CHILD,
             ["list", name, str(2 * self._listing_timeout_s)],
             timeout_s=self._listing_timeout_s,
+            stop=self._stop,
         )
-        if end.ending == "not run":
+        if end.ending == "not run" and not self._stop.is_set():
             found = list_backend(name)
             reason = found.reason or f"Asked in this process: {end.reason}."
             return replace(found, reason=reason), False
@@ -179,6 +184,7 @@ class Survey:
             _CHILD,
             ["try", name, device, str(2 * self._trial_timeout_s)],
             timeout_s=self._trial_timeout_s,
+            stop=self._stop,
         )
         if end.ending == "not run":
             reason = f"Not tried: {end.reason}."
@@ -193,6 +199,18 @@ class Survey:
                 fix=f"Update the driver of the device, or the runtime. {_REFRESH}",
             )
         return replace(trial, seconds=round(end.seconds, 3)), end.lasts
+
+    def _two_at_a_time(self, work: Callable[[T], R], items: Iterable[T]) -> list[R]:
+        pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="phirt-survey")
+        try:
+            return list(pool.map(work, items))
+        except BaseException:
+            # After Ctrl-C, what has begun is ended, and what has not does not begin.
+            self._stop.set()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
+            self._stop.clear()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -272,12 +290,3 @@ def _may_be_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
         return True  # a module that an application has put in its place
-
-
-def _two_at_a_time(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    pool = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="phirt-survey")
-    try:
-        return list(pool.map(work, items))
-    finally:
-        # After Ctrl-C, what has not begun does not begin.
-        pool.shutdown(cancel_futures=True)

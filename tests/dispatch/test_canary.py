@@ -12,7 +12,15 @@ import pytest
 
 from phirt.backends.base import HostLogits
 from phirt.build.convert import convert
-from phirt.dispatch.canary import TOLERANCE, Verdict, canary_logits, check_loaded, run_canary
+from phirt.dispatch.canary import (
+    TOLERANCE,
+    Place,
+    Verdict,
+    canary_logits,
+    check_loaded,
+    forget_verdicts,
+    run_canary,
+)
 from phirt.dispatch.machine_dir import machine_dir
 from phirt.dispatch.registry import get_backend
 from phirt.errors import BackendRuntimeError, ModelFormatError
@@ -258,15 +266,9 @@ def check(loaded, folder, *, device="cpu", reference=None, **versions):
     def no_reference():
         raise AssertionError("the reference was asked for")
 
-    known = {"version": "runtime 1.0", "driver": None, **versions}
-    return check_loaded(
-        loaded,
-        folder,
-        backend="some",
-        device=device,
-        reference=reference or no_reference,
-        **known,
-    )
+    known = {"version": "runtime 1.0", "driver": None, "hardware": "a1", **versions}
+    place = Place(backend="some", device=device, **known)
+    return check_loaded(loaded, folder, place, reference=reference or no_reference)
 
 
 @pytest.mark.usefixtures("own_machine_dir")
@@ -310,7 +312,8 @@ class TestVerdict:
         assert device.sessions == 1
 
     @pytest.mark.parametrize(
-        "other", [{"version": "runtime 1.1"}, {"driver": "2"}, {"device": "cuda"}]
+        "other",
+        [{"version": "runtime 1.1"}, {"driver": "2"}, {"device": "cuda"}, {"hardware": "b2"}],
     )
     def test_is_found_out_again_for_another_version_or_device(self, other, tiny):
         folder, loaded = tiny
@@ -319,11 +322,20 @@ class TestVerdict:
         check(device, folder, **other)
         assert device.sessions == 2
 
-    def test_is_found_out_again_for_other_weights(self, tiny):
+    @pytest.mark.parametrize("other", [{"weights_id": "other"}, {"precision": "exact"}])
+    def test_is_found_out_again_for_other_weights(self, other, tiny):
         folder, loaded = tiny
         device = changed(loaded, lambda logits, length: logits)
         check(device, folder)
-        check(device, replace(folder, artifact=replace(folder.artifact, weights_id="other")))
+        check(device, replace(folder, artifact=replace(folder.artifact, **other)))
+        assert device.sessions == 2
+
+    def test_is_found_out_again_once_it_is_forgotten(self, tiny):
+        folder, loaded = tiny
+        device = changed(loaded, permuted)
+        check(device, folder)
+        forget_verdicts()
+        check(device, folder)
         assert device.sessions == 2
 
     @pytest.mark.parametrize(

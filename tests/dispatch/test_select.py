@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,14 +49,14 @@ def _artifacts_of_these_tests_have_no_sizes(monkeypatch):
 @pytest.fixture
 def answers(monkeypatch):
     """What comes of comparing a loaded model's numbers, by device; passed where not said."""
-    verdicts: dict[str, Verdict | Exception] = {}
+    verdicts: dict[str, Verdict | Exception | Callable[[], Verdict]] = {}
     passed = Verdict(status="passed", kl=0.0, bound=0.02, reason="as it should be")
 
-    def check(loaded, folder, *, device, **_):
-        verdict = verdicts.get(device, passed)
+    def check(loaded, folder, place, **_):
+        verdict = verdicts.get(place.device, passed)
         if isinstance(verdict, Exception):
             raise verdict
-        return verdict
+        return verdict() if callable(verdict) else verdict
 
     monkeypatch.setattr(select, "check_loaded", check)
     return verdicts
@@ -256,6 +257,7 @@ class TestTrial:
 
 class TestAnswer:
     WRONG = Verdict(status="failed", kl=3.0, bound=0.02, reason="KL 3.0, at most 0.02 passes")
+    PASSED = Verdict(status="passed", kl=0.0, bound=0.02, reason="as it should be")
 
     def test_wrong_numbers_quarantine_the_device(self, bench, answers):
         bench.register(first=FakeBackend(devices=("cuda", "cpu")))
@@ -289,9 +291,31 @@ class TestAnswer:
     def test_where_nothing_is_right_nothing_is_used(self, bench, answers):
         bench.register(first=FakeBackend())
         answers["cpu"] = self.WRONG
-        with pytest.raises(BackendRuntimeError, match=r"wrong numbers.*KL 3\.0.*Update its driver"):
+        with pytest.raises(BackendRuntimeError, match=r"wrong .*KL 3\.0.*another precision"):
             bench.load()
         assert bench.adapters["first"].model.closed
+
+    def test_wrong_numbers_on_a_cpu_say_nothing_of_other_models(self, bench, answers):
+        first, second = FakeBackend(), FakeBackend()
+        bench.register(first=first, second=second)
+        wrong = iter([self.WRONG])
+        answers["cpu"] = lambda: next(wrong, self.PASSED)
+        selection = bench.load()
+        assert selection.backend == "second"
+        assert row_of(selection, "first").stage == "answer"
+        assert quarantine.entries() == ()
+
+    @pytest.mark.parametrize("device", ["cuda", "cpu"])
+    def test_what_is_known_to_be_wrong_is_not_loaded_again(self, bench, monkeypatch, device):
+        first, second = FakeBackend(devices=(device,)), FakeBackend()
+        bench.register(first=first, second=second)
+        known = {("first", device): self.WRONG}
+        monkeypatch.setattr(
+            select, "known_verdict", lambda _, place: known.get((place.backend, place.device))
+        )
+        assert bench.load().backend == "second"
+        assert first.seen == []
+        assert bench.load(device=device, backend="first").backend == "first"
 
     def test_what_nobody_can_compare_is_used_and_noted(self, bench, answers):
         bench.register(first=FakeBackend(devices=("cuda",)))

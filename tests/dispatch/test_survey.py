@@ -20,6 +20,7 @@ from phirt.devices.machine import Memory, Trial
 from phirt.devices.merge import devices_of
 from phirt.devices.record_json import machine_from_json, to_json
 from phirt.dispatch import quarantine, survey
+from phirt.dispatch.machine_dir import machine_dir, write_record
 from phirt.dispatch.survey import Survey
 from phirt.dispatch.survey_cache import SurveyCache, with_trial
 from tests.devices.machines import listed, offer, ran
@@ -126,10 +127,13 @@ class TestMemory:
         (record,) = Survey().machine(trials="all").backends
         assert record.trials[0].outcome == "ran"
 
-    def test_refresh_forgets_lists_trials_and_quarantine(self, known):
+    def test_refresh_forgets_lists_trials_verdicts_and_quarantine(self, known):
+        verdict = machine_dir() / "canaries" / "some.json"
+        write_record(verdict, {"status": "failed"})
         quarantine.add(backend="fake", device="cpu", version="fake 1", driver=None, reason="KL 3.")
         assert Survey().machine().quarantine
         Survey().refresh()
+        assert not verdict.exists()
         assert Survey().machine(trials="all").quarantine == ()
         assert known == [["list", "fake"], ["try", "fake", "cpu"]]
 
