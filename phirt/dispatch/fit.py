@@ -62,7 +62,7 @@ def predict_memory(
     held = footprint_of(backend)
     precision = precision or shape.likely_precision(weights_bytes)
     on_host = device_kind in _ON_HOST
-    table = _table_bytes(shape, precision, weights_bytes)
+    table = _table_bytes(shape, weights_bytes)
     tables = _tables(held, shape, layout, precision) * table
     factor = held.kept.get(precision, held.kept[""])
     kept = max(0, round(weights_bytes * factor) + tables)
@@ -98,12 +98,12 @@ def _tables(held: Footprint, shape: ModelShape, layout: str, precision: str) -> 
     return (held.tables if shape.prunes_logits else held.foreign_tables).get(precision, 0)
 
 
-def _table_bytes(shape: ModelShape, precision: str, size: int) -> int:
+def _table_bytes(shape: ModelShape, size: int) -> int:
     """Size of an embedding, or LM head, in the files."""
-    values = shape.vocab_size * shape.hidden_size
     # phirt rounds none to fewer than 8 bits; Model Builder does.
-    bits = max(bits_of(precision) or 32, 8 if shape.prunes_logits else 4)
-    return min(round(values * bits / 8), size)
+    least = 8 if shape.prunes_logits else 4
+    bits = min(32, max(least, 8 * size / shape.num_weights))
+    return min(round(shape.vocab_size * shape.hidden_size * bits / 8), size)
 
 
 def _chunk(held: Footprint, context: int) -> tuple[int, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from phirt.dispatch.graph_shape import read_graph_shape
 from phirt.errors import ModelError
 from phirt.models.decoder_config import DecoderConfig
 from phirt.models.folder import ModelFolder
@@ -92,10 +93,10 @@ def shape_of_config(config: DecoderConfig) -> ModelShape:
 
 
 def shape_of(folder: ModelFolder) -> ModelShape:
-    """The shape of a model folder, from its small files and the size of the others.
+    """The shape of a model folder, from its small files and the names in its graph.
 
-    A graph's configuration does not say how wide the MLP is, nor whether the LM head is the
-    embedding. It is taken to be, and the MLP to be what is left of the weights.
+    What neither says is taken to be as in most decoders: an MLP of four times the width, an LM
+    head that is the embedding.
     """
     # phirt's own graphs compute the logits of the positions that are asked for; so do the
     # runtimes that read safetensors.
@@ -110,30 +111,22 @@ def shape_of(folder: ModelFolder) -> ModelShape:
         return replace(shape_of_config(config), prunes_logits=prunes)
     facts, spec = folder.facts, folder.decoder
     num_heads = (spec and spec.num_heads) or facts.num_kv_heads
-    shape = _shape(
+    hidden_size = num_heads * facts.head_size
+    graph = None
+    if folder.model_path is not None and folder.model_path.suffix == ".onnx":
+        graph = read_graph_shape(folder.model_path, hidden_size=hidden_size)
+    return _shape(
         num_layers=facts.num_layers,
         num_heads=num_heads,
         num_kv_heads=facts.num_kv_heads,
         head_size=facts.head_size,
-        hidden_size=num_heads * facts.head_size,
-        intermediate_size=4 * num_heads * facts.head_size,
+        hidden_size=hidden_size,
+        intermediate_size=graph.intermediate_size if graph else 4 * hidden_size,
         vocab_size=facts.vocab_size,
         context_length=facts.context_length,
-        tied=True,
+        tied=graph is None or graph.tied,
         prunes_logits=prunes,
     )
-    return _with_weights(shape, weights_bytes(folder), folder.artifact.precision)
-
-
-def _with_weights(shape: ModelShape, size: int, precision: str | None) -> ModelShape:
-    """The shape with the MLP that makes its weights of that size."""
-    bits = bits_of(precision or shape.likely_precision(size))
-    if bits is None:
-        return shape
-    num_weights = round(8 * size / bits)
-    per_row = 3 * shape.num_layers * shape.hidden_size
-    rows = shape.intermediate_size + (num_weights - shape.num_weights) // per_row
-    return replace(shape, intermediate_size=max(rows, shape.hidden_size), num_weights=num_weights)
 
 
 def _shape(

@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 import phirt
+from phirt.build.sources import open_source
 from phirt.dispatch.fit import check_fit, predict_memory
+from phirt.dispatch.graph_shape import read_graph_shape
 from phirt.dispatch.plan import MemoryNeed
-from phirt.dispatch.shape import ModelShape, shape_of, weights_bytes
+from phirt.dispatch.shape import ModelShape, shape_of, shape_of_config, weights_bytes
 from phirt.errors import OutOfMemoryError
 from phirt.models.folder import read_folder
 from tests.dispatch.peak_memory import measure
@@ -147,15 +149,26 @@ def test_a_backend_that_computes_in_floats_is_told_no_other_precision() -> None:
     assert "precision=" not in refusal(need, backend="transformers")
 
 
-def test_the_shape_of_a_folder_is_that_of_its_model(tiny_model: phirt.Model) -> None:
+def test_the_shape_of_a_folder_is_that_of_its_model(
+    tiny_model: phirt.Model, tiny_gguf: Path
+) -> None:
     folder = read_folder(tiny_model.path)
     shape = shape_of(folder)
     facts = folder.facts
     assert (shape.num_layers, shape.num_kv_heads) == (facts.num_layers, facts.num_kv_heads)
     assert shape.vocab_size == facts.vocab_size
+    with open_source(tiny_gguf, source_id="") as source:
+        assert shape == shape_of_config(source.checkpoint.config)
     assert shape.prunes_logits
     sizes = [file.stat().st_size for file in tiny_model.path.glob("model.onnx*")]
     assert weights_bytes(folder) == sum(sizes)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00\xff" * 40])
+def test_a_graph_that_cannot_be_read_says_nothing(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_bytes(content)
+    assert read_graph_shape(path, hidden_size=64) is None
 
 
 @pytest.mark.model
