@@ -9,26 +9,37 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-__all__ = ["CHILD", "PASSING", "ChildEnd", "Ending", "describe_exit", "run_child"]
+__all__ = [
+    "CHILD",
+    "PASSING",
+    "ChildEnd",
+    "Ending",
+    "describe_exit",
+    "end_with_parent",
+    "run_child",
+]
 
 CHILD = "PHIRT_PROBE_CHILD"
-"""Set in a child's environment: a child starts none of its own."""
+"""Set in a child's environment, to who started it: a child starts none of its own."""
 
 PASSING = 75
 """Exit status of a child whose answer is of the moment: `EX_TEMPFAIL` of sysexits.h."""
 
 Ending: TypeAlias = Literal["answered", "crashed", "timed out", "not run"]
 
+_PREFIX = "phirt-child-"
 _TAIL_BYTES = 8192
 _TAIL_LINES = 3
 _TAIL_CHARACTERS = 400
@@ -42,7 +53,13 @@ else:
 # be the application, and would start a second one.
 _PYTHON = re.compile(r"(python|pypy|graalpy)", re.IGNORECASE)
 
-_KILLED = -9  # SIGKILL, which nobody sends to himself
+# What others send, and nobody to himself: SIGHUP, SIGINT, SIGKILL, SIGTERM; and what Windows
+# makes of Ctrl-C (STATUS_CONTROL_C_EXIT).
+_ENDED_BY_OTHERS = (-1, -2, -9, -15, 0xC000013A)
+
+# How soon a child notices that it is not wanted any more, and how long it may take to die.
+_STEP_S = 0.2
+_DYING_S = 5.0
 
 _SIGNALS = {
     "SIGILL": "an instruction that this processor does not have",
@@ -52,6 +69,8 @@ _SIGNALS = {
     "SIGABRT": "it aborted itself",
     "SIGKILL": "it was killed; the system does that when memory runs out",
     "SIGTERM": "it was told to end",
+    "SIGINT": "it was interrupted with Ctrl-C",
+    "SIGHUP": "its terminal was closed",
 }
 # NTSTATUS values, which Windows gives as exit codes:
 # https://learn.microsoft.com/openspecs/windows_protocols/ms-erref/596a1078-e883-4972-9bbc-49e60bebca55
@@ -96,6 +115,7 @@ def run_child(
     *,
     timeout_s: float,
     environment: Mapping[str, str] | None = None,
+    stop: threading.Event | None = None,
 ) -> ChildEnd:
     """Run ``python -m module ARGUMENTS FILE`` and return what it writes to FILE.
 
@@ -104,17 +124,18 @@ def run_child(
         arguments: Its arguments, before the file's name.
         timeout_s: Seconds after which it is killed, with whatever it started.
         environment: Variables to set for it, beside those of this process.
+        stop: Once it is set, the child is killed: Ctrl-C reaches the main thread alone.
     """
     obstacle = _obstacle()
     if obstacle is not None:
         return ChildEnd(ending="not run", reason=obstacle, lasts=False)
     started = time.perf_counter()
     try:
-        with tempfile.TemporaryDirectory(prefix="phirt-", ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as folder:
             answer, output = Path(folder, "answer.json"), Path(folder, "output.txt")
             command = [sys.executable, "-P", "-m", module, *arguments, str(answer)]
             variables = _environment(folder) | dict(environment or {})
-            code = _run(command, output, timeout_s=timeout_s, environment=variables)
+            code = _run(command, output, timeout_s=timeout_s, environment=variables, stop=stop)
             seconds = time.perf_counter() - started
             # A crash while it ends costs nothing: the answer is whole once it has its name.
             if answer.is_file():
@@ -126,11 +147,38 @@ def run_child(
         # No process, no temporary folder, no memory for either.
         reason = f"no process could be started: {error}"
         return ChildEnd(ending="not run", reason=reason, lasts=False)
+    if stop is not None and stop.is_set():
+        return ChildEnd(ending="not run", reason="it was interrupted", lasts=False)
     if code is None:
         reason = f"gave no answer within {timeout_s:g} s{said}"
         return ChildEnd(ending="timed out", reason=reason, seconds=seconds)
     reason = describe_exit(code, windows=os.name == "nt") + said
-    return ChildEnd(ending="crashed", reason=reason, seconds=seconds, lasts=code != _KILLED)
+    lasts = code != PASSING and code not in _ENDED_BY_OTHERS
+    return ChildEnd(ending="crashed", reason=reason, seconds=seconds, lasts=lasts)
+
+
+def end_with_parent(folder: Path) -> None:
+    """End this child when the process that started it is gone: nobody is left who would.
+
+    Args:
+        folder: The child's, which is removed then.
+    """
+    import psutil
+
+    started_by = os.environ.get(CHILD, "")
+    if not started_by.isdecimal():
+        return  # by hand
+    # A launcher may stand between the two, and on Windows a parent's number outlives it.
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent and psutil.pid_exists(int(started_by)):
+            time.sleep(_STEP_S)
+        if folder.name.startswith(_PREFIX):
+            shutil.rmtree(folder, ignore_errors=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="phirt-parent", daemon=True).start()
 
 
 def describe_exit(code: int, *, windows: bool) -> str:
@@ -167,43 +215,62 @@ def _obstacle() -> str | None:
 
 def _environment(folder: str) -> dict[str, str]:
     # What this process imports, the child imports: its path is more than its interpreter's.
-    path = [str(Path(entry).absolute()) for entry in sys.path]
+    path = list(_absolute(sys.path))
     return os.environ | {
-        CHILD: "1",
+        CHILD: str(os.getpid()),
         "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
         "PYTHONIOENCODING": "utf-8:backslashreplace",
         # Looking for devices is no reason to leave anything behind, or to ask anybody.
         "PYTHONDONTWRITEBYTECODE": "1",
         "PHIRT_HOME": str(Path(folder, "home")),
         "HF_HUB_OFFLINE": "1",
+        **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), folder),
     }
 
 
+def _absolute(path: Sequence[str]) -> Iterator[str]:
+    for entry in path:
+        # The current folder may have been removed.
+        with contextlib.suppress(OSError):
+            yield str(Path(entry).absolute())
+
+
 def _run(
-    command: list[str], output: Path, *, timeout_s: float, environment: dict[str, str]
+    command: list[str],
+    output: Path,
+    *,
+    timeout_s: float,
+    environment: dict[str, str],
+    stop: threading.Event | None,
 ) -> int | None:
-    """The exit status, or None where it was late. What it says goes to a file.
+    """The exit status, or None where it was late or stopped. What it says goes to a file.
 
     A pipe would stay open, and be waited for, as long as anything that it started lives.
     """
-    with (
-        output.open("wb") as sink,
-        subprocess.Popen(  # noqa: S603  # this interpreter, and names of modules and devices
+    with output.open("wb") as sink:
+        process = subprocess.Popen(  # noqa: S603  # this interpreter, names of modules and devices
             command,
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
             env=environment,
             creationflags=_CREATION_FLAGS,
-        ) as process,
-    ):
-        try:
-            return process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
-            return None
-        finally:
-            if process.returncode is None:  # late, or the wait was interrupted
-                _kill(process)
+        )
+    try:
+        return _wait(process, timeout_s, stop)
+    finally:
+        if process.returncode is None:  # late, or the wait was interrupted
+            _kill(process)
+
+
+def _wait(
+    process: subprocess.Popen[bytes], timeout_s: float, stop: threading.Event | None
+) -> int | None:
+    end = time.monotonic() + timeout_s
+    while (left := end - time.monotonic()) > 0 and not (stop is not None and stop.is_set()):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(min(left, _STEP_S))
+    return None
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
@@ -217,6 +284,9 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
         with contextlib.suppress(psutil.Error):
             member.kill()
     process.kill()
+    # One that hangs inside the system, as in a driver, does not even die.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_DYING_S)
 
 
 def _tail(output: Path) -> str:

@@ -7,12 +7,15 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
+from phirt.devices import child
 from phirt.devices.child import CHILD, PASSING, describe_exit, run_child
 
 ANSWER = "open(sys.argv[-1], 'w').write('answer')\n"
@@ -31,6 +34,13 @@ def program(tmp_path, monkeypatch):
         return "child_program"
 
     return write
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_it_answers_in_a_file_whatever_it_prints(program):
@@ -79,10 +89,111 @@ def test_a_crash_after_the_answer_costs_nothing(program):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has exit codes in place of signals")
-def test_what_was_killed_from_outside_may_work_next_time(program):
-    end = run_child(program("os.kill(os.getpid(), 9)"), [], timeout_s=60)
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("SIGKILL", "the system does that when memory runs out"),
+        ("SIGINT", "Ctrl-C"),
+        ("SIGTERM", "it was told to end"),
+        ("SIGHUP", "its terminal was closed"),
+    ],
+)
+def test_what_was_ended_from_outside_may_work_next_time(program, name, words):
+    number = getattr(signal, name).value
+    source = f"""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), {number})
+        time.sleep(60)
+    """
+    end = run_child(program(source), [], timeout_s=60)
     assert (end.ending, end.lasts) == ("crashed", False)
-    assert "the system does that when memory runs out" in end.reason
+    assert words in end.reason
+
+
+def test_a_child_that_could_not_write_its_answer_may_next_time(program):
+    end = run_child(program(f"sys.exit({PASSING})"), [], timeout_s=60)
+    assert (end.ending, end.lasts) == ("crashed", False)
+
+
+def test_a_child_that_is_not_wanted_any_more_is_killed(program, tmp_path):
+    stop, pid_file = threading.Event(), tmp_path / "pid"
+    name = program(f"""
+        open({str(pid_file)!r}, "w").write(str(os.getpid()))
+        time.sleep(1000)
+    """)
+
+    def give_up() -> None:
+        while not pid_file.exists() or not pid_file.read_text(encoding="utf-8"):
+            time.sleep(0.05)
+        stop.set()
+
+    thread = threading.Thread(target=give_up)
+    thread.start()
+    end = run_child(name, [], timeout_s=60, stop=stop)
+    thread.join()
+    assert (end.ending, end.reason, end.lasts) == ("not run", "it was interrupted", False)
+    assert not psutil.pid_exists(int(pid_file.read_text(encoding="utf-8")))
+
+
+def test_one_that_not_even_dies_is_left(program, monkeypatch):
+    # As a process is that hangs in a driver.
+    kill = subprocess.Popen.kill
+    late: list[subprocess.Popen[bytes]] = []
+
+    def spare(self: subprocess.Popen[bytes]) -> None:
+        late.append(self)
+
+    monkeypatch.setattr(subprocess.Popen, "kill", spare)
+    monkeypatch.setattr(psutil.Process, "kill", lambda self: None)
+    monkeypatch.setattr(child, "_DYING_S", 0.1)
+    end = run_child(program("time.sleep(1000)"), [], timeout_s=0.5)
+    assert end.ending == "timed out"
+    (process,) = late
+    kill(process)
+    process.wait()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal that ends at once")
+def test_a_child_ends_with_the_process_that_started_it(program, tmp_path):
+    name = program("""
+        from pathlib import Path
+        from phirt.devices.child import end_with_parent
+        folder = Path(sys.argv[-1]).parent
+        end_with_parent(folder)
+        Path(sys.argv[1]).write_text(f"{os.getpid()} {folder}")
+        time.sleep(1000)
+    """)
+    told = tmp_path / "told"
+    source = "import sys; from phirt.devices.child import run_child; "
+    source += f"run_child({name!r}, [{str(told)!r}], timeout_s=60)"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with subprocess.Popen([sys.executable, "-c", source], env=environment) as parent:
+        wait_for(lambda: told.exists() and " " in told.read_text(encoding="utf-8"))
+        parent.kill()
+    number, folder = told.read_text(encoding="utf-8").split(" ", 1)
+    wait_for(lambda: not Path(folder).exists())
+    wait_for(lambda: not psutil.pid_exists(int(number)))
+
+
+def test_what_it_leaves_for_later_is_removed(program):
+    name = program("""
+        import tempfile
+        left = tempfile.mkdtemp()
+        open(sys.argv[-1], "w").write(left)
+    """)
+    assert not Path(run_child(name, [], timeout_s=60).answer).exists()
+
+
+def test_it_is_started_from_a_folder_that_was_removed(program, tmp_path, monkeypatch):
+    name, gone = program(ANSWER), tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    monkeypatch.syspath_prepend("")
+    try:
+        gone.rmdir()
+    except OSError:
+        pytest.skip("here a folder that is in use cannot be removed")
+    assert run_child(name, [], timeout_s=60).ending == "answered"
 
 
 def test_an_answer_may_be_of_the_moment(program):
