@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import TypeAlias
 
 from phirt.devices.hardware import hardware_id
+from phirt.devices.machine import Machine
 from phirt.devices.names import DeviceName
 from phirt.dispatch.measure import Effort, Task, measure_apart
 from phirt.dispatch.measurements import Measurement, Measurements
 from phirt.dispatch.plan import Plan, PlanCandidate
 from phirt.dispatch.planner import listed_as
 from phirt.dispatch.registry import formats_of, get_backend
+from phirt.dispatch.survey import Survey
 from phirt.errors import PhirtError, UnsupportedModelError
 from phirt.planning import Prepared, plan_on
 from phirt.protocols import Reject
@@ -25,23 +27,28 @@ __all__ = ["OnCandidate", "Tuning", "TuningFailure", "time_candidates", "tune"]
 
 _logger = logging.getLogger(__name__)
 
+# Of a trial. Whoever named a device that computes wrong numbers may use it, and have it timed.
+_USABLE = ("ran", "not run", "wrong numbers")
+
 OnCandidate: TypeAlias = Callable[[PlanCandidate, int, int], None]
 """Called with a candidate before it is timed, its number from 1, and how many there are."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TuningFailure:
-    """A candidate that could not be timed.
+    """What could not be timed.
 
     Attributes:
         backend: Name of the backend.
         device: Device name.
         reason: Why not, in one sentence.
+        precision: How the weights are stored that could not; None for whichever.
     """
 
     backend: str
     device: str
     reason: str
+    precision: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +165,7 @@ def _time_all(
     on_candidate: OnCandidate | None,
 ) -> tuple[list[Measurement], list[TuningFailure]]:
     measurements: list[Measurement] = []
-    failures: list[TuningFailure] = []
+    candidates, failures = _working(prepared.machine, candidates)
     for number, candidate in enumerate(candidates, start=1):
         if on_candidate is not None:
             on_candidate(candidate, number, len(candidates))
@@ -167,14 +174,44 @@ def _time_all(
             found = measure_apart(_task(prepared, candidate, effort, announce))
         except PhirtError as error:
             _logger.info("Not timed: %s: %s", candidate.described, error)
-            failures.append(
-                TuningFailure(backend=candidate.backend, device=candidate.device, reason=str(error))
-            )
+            failures.append(_failure(candidate, str(error), precision=_precision(candidate)))
             continue
         # Kept one by one: what was measured before an interruption is not lost.
         Measurements().save(found)
         measurements += found
     return measurements, failures
+
+
+def _working(
+    machine: Machine, candidates: Sequence[PlanCandidate]
+) -> tuple[list[PlanCandidate], list[TuningFailure]]:
+    """The candidates whose device runs the trial model, and of each other device why not."""
+    working: list[PlanCandidate] = []
+    failures: dict[tuple[str, str], TuningFailure | None] = {}
+    for row in candidates:
+        place = (row.backend, row.device)
+        if place not in failures:
+            trial = Survey().trial(row.backend, _device_of(row, machine))
+            is_usable = trial.outcome in _USABLE
+            failures[place] = None if is_usable else _failure(row, trial.reason)
+        if failures[place] is None:
+            working.append(row)
+    return working, [failure for failure in failures.values() if failure is not None]
+
+
+def _failure(row: PlanCandidate, reason: str, precision: str | None = None) -> TuningFailure:
+    return TuningFailure(backend=row.backend, device=row.device, reason=reason, precision=precision)
+
+
+def _precision(row: PlanCandidate) -> str | None:
+    return None if row.artifact is None else row.artifact.precision
+
+
+def _device_of(row: PlanCandidate, machine: Machine) -> str:
+    """The device as it is listed, unless that lacks the number that was asked for."""
+    offer = listed_as(machine, row.backend, row.device)
+    is_numbered = DeviceName.parse(row.device).index and ":" not in offer.device
+    return row.device if is_numbered else offer.device
 
 
 def _worth_timing(plan: Plan) -> list[PlanCandidate]:
@@ -191,8 +228,6 @@ def _task(
     machine = prepared.machine
     record = machine.backend(candidate.backend)
     offer = listed_as(machine, candidate.backend, candidate.device)
-    # Under the name by which it is listed, unless that lacks the number that was asked for.
-    numbered = DeviceName.parse(candidate.device).index and ":" not in offer.device
     folder = prepared.forms.obtain(
         candidate.artifact,
         formats=formats_of(candidate.backend),
@@ -212,7 +247,7 @@ def _task(
         precision=artifact.precision,
         weights_id=artifact.weights_id,
         backend=candidate.backend,
-        device=candidate.device if numbered else offer.device,
+        device=_device_of(candidate, machine),
         version=offer.version or (record.version if record else None),
         hardware=hardware_id(machine),
         cores=machine.cpu.cores,

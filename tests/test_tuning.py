@@ -6,7 +6,9 @@ import pytest
 
 import phirt
 from phirt import tuning
+from phirt.devices.machine import Trial
 from phirt.dispatch.measurements import Measurement, Point, Setting, artifact_id
+from phirt.dispatch.survey import Survey
 from phirt.errors import BackendRuntimeError, UnsupportedModelError
 from tests.installed import require
 
@@ -87,6 +89,25 @@ def test_what_cannot_be_timed_is_told_and_stays_usable(timed, tiny_gguf):
     assert all(reason.endswith("it was told not to") for reason in reasons.values())
     status = {row.backend: row.status for row in tuned.plan.candidates if row.device == "cpu"}
     assert all(status[backend] == "usable" for backend in reasons)
+
+
+def test_a_device_that_fails_its_trial_is_told_once_and_not_timed(timed, tiny_gguf, monkeypatch):
+    require("onnxruntime")
+    for precision in ("fp32", "exact"):
+        phirt.load(tiny_gguf, backend="onnxruntime", precision=precision).close()
+    tried = []
+
+    def trial(self, backend, device):
+        tried.append((backend, device))
+        return Trial(device=device, outcome="crashed", reason=f"{backend} crashed")
+
+    monkeypatch.setattr(Survey, "trial", trial)
+    tuned = phirt.tune(tiny_gguf, device="cpu")
+    assert timed == []
+    assert len(tried) == len(set(tried))
+    places = [(failure.backend, failure.device) for failure in tuned.failures]
+    assert places == tried
+    assert {failure.reason for failure in tuned.failures} >= {"onnxruntime crashed"}
 
 
 def test_a_named_backend_is_timed_alone(timed, tiny_gguf):

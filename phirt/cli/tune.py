@@ -42,7 +42,8 @@ def print_tuning(arguments: argparse.Namespace) -> int:
 
         def announce_candidate(candidate: PlanCandidate, number: int, count: int) -> None:
             bars.stop()
-            described = plain(candidate.described)
+            form = candidate.artifact and candidate.artifact.precision
+            described = plain(f"{candidate.described}, {form}" if form else candidate.described)
             print(f"phirt: timing {described} ({number} of {count})", file=sys.stderr)
 
         try:
@@ -74,13 +75,15 @@ def print_tuning(arguments: argparse.Namespace) -> int:
     return 0 if tuning.measurements else 1
 
 
-_HEADER = ("BACKEND", "DEVICE", "SETTING", "PREFILL", "DECODE", "ANSWER", "LONG", "FOUR")
+_HEADER = ("BACKEND", "DEVICE", "FORM", "SETTING", "PREFILL", "DECODE", "ANSWER", "LONG", "FOUR")
 
 
 def _lines(tuning: Tuning, *, width: int) -> Iterator[Line]:
     from phirt.dispatch.measurements import WORKLOADS, predict_seconds
 
-    rows = [_row(each) for each in tuning.measurements]
+    artifacts = filter(None, (row.artifact for row in tuning.plan.candidates))
+    forms = {artifact.id: artifact.precision or "" for artifact in artifacts}
+    rows = [_row(each, forms.get(each.artifact, "")) for each in tuning.measurements]
     best = (
         [min(predict_seconds(m, o) for m in tuning.measurements) for o in WORKLOADS] if rows else []
     )
@@ -94,17 +97,18 @@ def _lines(tuning: Tuning, *, width: int) -> Iterator[Line]:
     if rows:
         yield []
         yield from paragraph(
-            "SETTING is the number of threads, and whether idle ones spin or sleep, where that is "
-            "not the runtime's own choice. PREFILL and DECODE are tokens a second, of the longest "
-            "prompt and of one answer. The rest are seconds: ANSWER, 128 tokens to a prompt of "
-            "128 (latency); LONG, 16 tokens to a prompt of 1,024 (prefill); FOUR, four answers of "
-            "128 at once (throughput).",
+            "FORM is the precision of the weights; SETTING the number of threads, and whether idle "
+            "ones spin or sleep, where that is not the runtime's own choice. PREFILL and DECODE "
+            "are tokens a second, of the longest prompt and of one answer. The rest are seconds: "
+            "ANSWER, 128 tokens to a prompt of 128 (latency); LONG, 16 tokens to a prompt of "
+            "1,024 (prefill); FOUR, four answers of 128 at once (throughput).",
             width=width,
             style="dim",
         )
     for failure in tuning.failures:
         yield []
-        text = f"Not timed: {failure.backend} on {failure.device}: {failure.reason}"
+        form = f", {failure.precision}" if failure.precision else ""
+        text = f"Not timed: {failure.backend} on {failure.device}{form}: {failure.reason}"
         yield from paragraph(text, width=width, style="yellow")
     chosen = tuning.plan.chosen
     if chosen is not None:
@@ -113,7 +117,7 @@ def _lines(tuning: Tuning, *, width: int) -> Iterator[Line]:
         yield from paragraph(text, width=width, style="bold")
 
 
-def _row(measurement: Measurement) -> tuple[str, ...]:
+def _row(measurement: Measurement, form: str) -> tuple[str, ...]:
     from phirt.dispatch.measurements import WORKLOADS, predict_seconds
 
     setting = measurement.setting
@@ -123,6 +127,7 @@ def _row(measurement: Measurement) -> tuple[str, ...]:
     return (
         plain(measurement.backend),
         plain(measurement.device),
+        plain(form),
         f"{threads} {spins}".strip(),
         f"{longest.tokens / longest.prefill_s:,.0f}",
         f"{1 / shortest.decode_s:,.1f}",
@@ -130,7 +135,7 @@ def _row(measurement: Measurement) -> tuple[str, ...]:
     )
 
 
-_TEXT_COLUMNS = 3  # the rest are figures, which stand to the right
+_TEXT_COLUMNS = 4  # the rest are figures, which stand to the right
 
 
 def _aligned(row: tuple[str, ...], widths: list[int], width: int) -> str:

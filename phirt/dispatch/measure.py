@@ -150,21 +150,16 @@ def measure_apart(task: Task) -> list[Measurement]:
         One measurement a setting.
 
     Raises:
-        BackendRuntimeError: It cannot be timed: it fails, crashes or hangs.
+        BackendRuntimeError: It fails, crashes or hangs before one setting was timed.
     """
     end = run_child("phirt.dispatch.measure", [json.dumps(to_json(task))], timeout_s=_TIMEOUT_S)
     if end.ending == "not run":
         return list(measure(task))
     if end.ending != "answered":
-        raise BackendRuntimeError(
-            f"{task.backend} on {task.device} cannot be timed: the process that did it "
-            f"{end.reason}."
-        )
+        raise BackendRuntimeError(f"The process that timed it {end.reason}.")
     answer = from_json(_Answer, json.loads(end.answer), where="answer")
     if answer.error is not None:
-        raise BackendRuntimeError(
-            f"{task.backend} on {task.device} cannot be timed: {answer.error}"
-        )
+        raise BackendRuntimeError(answer.error)
     return list(answer.measurements)
 
 
@@ -298,20 +293,25 @@ def main(arguments: Sequence[str]) -> None:
     document, file = arguments
     task = from_json(Task, json.loads(document), where="task")
     found: list[Measurement] = []
-    error = None
     try:
-        found.extend(measure(task))
+        for measurement in measure(task):
+            found.append(measurement)
+            # Settings that were timed before one fails, crashes or hangs are worth having.
+            _write(_Answer(measurements=tuple(found)), file)
     # A runtime raises what it likes; the caller is told.
     except Exception as failure:
-        is_own = isinstance(failure, PhirtError)
-        error = str(failure) if is_own else f"{type(failure).__name__}: {failure}"
-    # Settings that were timed before one failed are worth having.
-    answer = _Answer(measurements=tuple(found), error=None if found else error)
+        if not found:
+            is_own = isinstance(failure, PhirtError)
+            error = str(failure) if is_own else f"{type(failure).__name__}: {failure}"
+            _write(_Answer(error=error), file)
+    # Some runtimes hang or crash while the interpreter ends.
+    os._exit(0)
+
+
+def _write(answer: _Answer, file: str) -> None:
     partial = Path(f"{file}.partial")
     partial.write_text(json.dumps(to_json(answer), allow_nan=False), encoding="utf-8")
     partial.replace(file)
-    # Some runtimes hang or crash while the interpreter ends.
-    os._exit(0)
 
 
 if __name__ == "__main__":

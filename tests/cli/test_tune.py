@@ -1,20 +1,21 @@
 """``phirt tune``: its table, its JSON and its exit status."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from phirt import tuning
 from phirt.cli import main
-from phirt.dispatch.measurements import Batch, Measurement, Point, Setting
-from phirt.dispatch.plan import Plan, PlanCandidate
+from phirt.dispatch.measurements import Batch, Measurement, Point, Setting, artifact_id
+from phirt.dispatch.plan import Plan, PlanCandidate, PlannedArtifact
 from phirt.errors import UnsupportedModelError
 from phirt.tuning import Tuning, TuningFailure
 
 
 def measurement(backend, seconds, setting=None, batch=None):
     return Measurement(
-        artifact="sha256:a:onnx-genai",
+        artifact=artifact_id("sha256:a", "onnx-genai", "int8"),
         backend=backend,
         device="cpu",
         version="1",
@@ -26,7 +27,13 @@ def measurement(backend, seconds, setting=None, batch=None):
 
 
 CHOSEN = PlanCandidate(
-    artifact=None,
+    artifact=PlannedArtifact(
+        format="onnx-genai",
+        precision="int8",
+        state="here",
+        path=Path("somewhere"),
+        id=artifact_id("sha256:a", "onnx-genai", "int8"),
+    ),
     backend="onnxruntime",
     device="cpu",
     status="chosen",
@@ -46,7 +53,9 @@ TUNING = Tuning(
         measurement("onnxruntime", 0.005, Setting(threads=2, spinning=False)),
         measurement("openvino", 0.01, batch=Batch(rows=4, step_s=0.001)),
     ),
-    failures=(TuningFailure(backend="mlx", device="cpu", reason="it \x1b[31mcrashed."),),
+    failures=(
+        TuningFailure(backend="mlx", device="cpu", reason="it \x1b[31mcrashed.", precision="fp32"),
+    ),
     plan=PLAN,
 )
 
@@ -77,13 +86,13 @@ def run(monkeypatch, capsys, asked):
 def test_a_table_and_what_follows_from_it(run):
     status, out, err = run()
     assert status == 0
-    assert err == "phirt: timing onnxruntime on cpu (1 of 2)\n"
+    assert err == "phirt: timing onnxruntime on cpu, int8 (1 of 2)\n"
     header, first, second, *_ = out.splitlines()
-    assert header == "BACKEND      DEVICE  SETTING  PREFILL  DECODE  ANSWER   LONG  FOUR"
-    assert first == "onnxruntime  cpu     2 sleep      200   200.0    1.28   5.20  5.12"
+    assert header == "BACKEND      DEVICE  FORM  SETTING  PREFILL  DECODE  ANSWER   LONG  FOUR"
+    assert first == "onnxruntime  cpu     int8  2 sleep      200   200.0    1.28   5.20  5.12"
     # Four prompts of 1.28 s one after the other, and 128 steps of all four.
-    assert second.split() == ["openvino", "cpu", "100", "100.0", "2.56", "10.40", "5.25"]
-    assert "Not timed: mlx on cpu: it \\u001b[31mcrashed." in out
+    assert second.split() == ["openvino", "cpu", "int8", "100", "100.0", "2.56", "10.40", "5.25"]
+    assert "Not timed: mlx on cpu, fp32: it \\u001b[31mcrashed." in out
     assert out.endswith(
         "phirt.load() now takes onnxruntime on cpu: the fastest that was measured: 1.28 s\n"
         "for one answer.\n"
