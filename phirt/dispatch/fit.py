@@ -22,8 +22,8 @@ __all__ = [
 
 # Kinds of devices that compute in the host's memory.
 _ON_HOST = ("cpu", "metal", "openvino-auto", "openvino-cpu")
-# What a driver takes of a device's memory for a process that computes there: a few hundred MB
-# under CUDA, by NVIDIA's forums. Not measured.
+# What a driver takes of a device's memory for a process that computes there: assumed, since no
+# device with memory of its own was at hand.
 _DEVICE_CONTEXT = 500_000_000
 _HALF = ("fp16", "bf16")
 _ROUND = 64  # tokens to which a context that would fit is rounded
