@@ -42,9 +42,8 @@ def print_tuning(arguments: argparse.Namespace) -> int:
 
         def announce_candidate(candidate: PlanCandidate, number: int, count: int) -> None:
             bars.stop()
-            form = candidate.artifact and candidate.artifact.precision
-            described = plain(f"{candidate.described}, {form}" if form else candidate.described)
-            print(f"phirt: timing {described} ({number} of {count})", file=sys.stderr)
+            named = plain(_named(candidate))
+            print(f"phirt: timing {named} ({number} of {count})", file=sys.stderr)
 
         try:
             tuning = tune(
@@ -113,8 +112,13 @@ def _lines(tuning: Tuning, *, width: int) -> Iterator[Line]:
     chosen = tuning.plan.chosen
     if chosen is not None:
         yield []
-        text = f"phirt.load() now takes {chosen.described}: {chosen.reason}."
+        text = f"phirt.load() now takes {_named(chosen)}: {chosen.reason}."
         yield from paragraph(text, width=width, style="bold")
+
+
+def _named(candidate: PlanCandidate) -> str:
+    form = candidate.artifact and candidate.artifact.precision
+    return f"{candidate.described}, {form}" if form else candidate.described
 
 
 def _row(measurement: Measurement, form: str) -> tuple[str, ...]:

@@ -77,7 +77,8 @@ _CONFIG: dict[str, Any] = {
 def write_trial_model(root: Path) -> None:
     """Write the model's folder in each layout, over what is there.
 
-    The same versions of phirt and of its converters' packages write the same bytes.
+    The same versions of phirt and of its converters' packages write the same, up to how
+    processors round logarithms and sums.
 
     Args:
         root: Gets one folder a layout.

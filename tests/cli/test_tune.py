@@ -94,8 +94,8 @@ def test_a_table_and_what_follows_from_it(run):
     assert second.split() == ["openvino", "cpu", "int8", "100", "100.0", "2.56", "10.40", "5.25"]
     assert "Not timed: mlx on cpu, fp32: it \\u001b[31mcrashed." in out
     assert out.endswith(
-        "phirt.load() now takes onnxruntime on cpu: the fastest that was measured: 1.28 s\n"
-        "for one answer.\n"
+        "phirt.load() now takes onnxruntime on cpu, int8: the fastest that was measured:\n"
+        "1.28 s for one answer.\n"
     )
     assert all(len(line) <= 80 for line in out.splitlines())
 
