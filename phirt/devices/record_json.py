@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from functools import cache
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
-from phirt.devices.machine import SCHEMA, Machine
+from phirt.devices.machine import SCHEMA, BackendRecord, Machine
+from phirt.devices.names import DeviceName
 
 __all__ = ["from_json", "machine_from_json", "to_json"]
 
@@ -57,7 +58,8 @@ def from_json(kind: type[T], document: object, *, where: str) -> T:
         where: What to call it in messages.
 
     Raises:
-        ValueError: A field is unknown, missing or of a wrong type.
+        ValueError: A field is unknown, missing or of a wrong type, or a listed device has a name
+            that ``device=`` cannot be given.
     """
     if not isinstance(document, Mapping):
         # TypeError is for code that passes a wrong argument; this is a file that is wrong.
@@ -70,9 +72,22 @@ def from_json(kind: type[T], document: object, *, where: str) -> T:
     if missing:
         raise ValueError(f"{where} lacks the field {min(missing)!r}")
     hints = _hints(cast("type", kind))
-    return kind(
+    made = kind(
         **{name: _read(hints[name], each, f"{where}.{name}") for name, each in document.items()}
     )
+    if isinstance(made, BackendRecord):
+        _check_names(made, where)
+    return made
+
+
+def _check_names(record: BackendRecord, where: str) -> None:
+    """Refuse names that no user could type, and that nothing that merges devices could read."""
+    for index, offer in enumerate(record.listing):
+        if offer.device == "auto" or offer.device != str(DeviceName.parse(offer.device)):
+            raise ValueError(
+                f"{where}.listing[{index}].device must be a name such as 'cuda:1', not "
+                f"{offer.device!r}"
+            )
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from phirt.errors import ModelError
+from phirt.errors import ModelError, StoreError
 from phirt.models.safe_json import read_json
 from phirt.models.staging import locked
 from phirt.models.store import Store
@@ -37,10 +37,19 @@ def machine_dir() -> Path:
     """The folder; it need not exist.
 
     Raises:
-        StoreError: There is no place for the store either (`Store`).
+        StoreError: It is below the home folder of an unknown user, or a current folder that was
+            removed; or the store is (`Store`).
     """
     named = os.environ.get(VARIABLE)
-    return Path(named).expanduser().absolute() if named else Store().root / "machine"
+    if not named:
+        return Store().root / "machine"
+    try:
+        return Path(named).expanduser().absolute()
+    except (RuntimeError, OSError) as error:
+        raise StoreError(
+            f"The folder of this machine cannot be at {named!r}: {error} Set {VARIABLE} to the "
+            "absolute path of a folder."
+        ) from error
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
@@ -67,7 +76,8 @@ def write_record(path: Path, document: Mapping[str, Any]) -> None:
     partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(text + "\n", encoding="utf-8", newline="\n")
+        # Texts of drivers, paths and variables need not be Unicode.
+        partial.write_text(text + "\n", encoding="utf-8", errors="replace", newline="\n")
         _replace(partial, path)
     except OSError as error:
         _logger.warning("%s cannot be written, and will be found out again: %s", path, error)

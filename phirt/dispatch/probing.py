@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 from phirt.devices.machine import BackendRecord, Trial, TrialOutcome
 from phirt.devices.record_json import from_json, to_json
@@ -16,13 +17,16 @@ from phirt.errors import (
     PhirtError,
     UnsupportedModelError,
 )
-from phirt.protocols import LoadOptions
+from phirt.protocols import Availability, LoadOptions
 
 __all__ = ["list_backend", "try_device"]
 
 # Numbers of a device that works may differ from the expected ones by this, in nats, beyond what
 # rounding the weights took: the bound that a model's own canary has, too.
 _TOLERANCE = 0.02
+
+# What a reason is cut to: some runtimes append the source of a kernel.
+_MOST_CHARACTERS = 1500
 
 _OUTCOMES: tuple[tuple[type[PhirtError], TrialOutcome], ...] = (
     (UnsupportedModelError, "not run"),
@@ -36,10 +40,11 @@ def list_backend(name: str) -> BackendRecord:
     """What a backend's probe says, and how long it took."""
     started = time.perf_counter()
     try:
-        listing = tuple(get_backend(name).probe())
-        record = BackendRecord(backend=name, outcome="listed", listing=listing)
+        record = BackendRecord(
+            backend=name, outcome="listed", listing=tuple(get_backend(name).probe())
+        )
         # What is no list of availabilities is found here, and not where it is used.
-        from_json(BackendRecord, to_json(record), where="its answer")
+        found = from_json(BackendRecord, to_json(record), where="its answer").listing
     # A probe does not raise, but a plugin is somebody else's code.
     except Exception as error:
         return BackendRecord(
@@ -48,11 +53,14 @@ def list_backend(name: str) -> BackendRecord:
             reason=_sentence(error),
             seconds=time.perf_counter() - started,
         )
+    listing: dict[str, Availability] = {}
+    for offer in found:
+        listing.setdefault(offer.device, replace(offer, reason=_cut(offer.reason)))
     return BackendRecord(
         backend=name,
         outcome="listed",
-        version=next((found.version for found in listing if found.version), None),
-        listing=listing,
+        version=next((offer.version for offer in found if offer.version), None),
+        listing=tuple(listing.values()),
         seconds=time.perf_counter() - started,
     )
 
@@ -109,4 +117,10 @@ def _sentence(error: Exception) -> str:
     """What an error says; phirt's own need no name of a class before it."""
     text = " ".join(str(error).split())
     is_own = isinstance(error, PhirtError) and text
-    return text if is_own else f"{type(error).__name__}: {text}".rstrip(": ")
+    return _cut(text if is_own else f"{type(error).__name__}: {text}".rstrip(": "))
+
+
+def _cut(text: str) -> str:
+    """A text without its middle, where it is long."""
+    half = _MOST_CHARACTERS // 2
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:half]} [...] {text[-half:]}"

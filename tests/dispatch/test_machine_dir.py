@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from phirt.dispatch.machine_dir import machine_dir, read_record, update_record, write_record
+from phirt.errors import StoreError
 
 
 @pytest.fixture
@@ -22,6 +23,16 @@ def test_it_is_in_the_store_unless_another_folder_is_named(monkeypatch, tmp_path
     assert machine_dir() == tmp_path / "home" / "machine"
     monkeypatch.setenv("PHIRT_MACHINE_DIR", str(tmp_path / "named"))
     assert machine_dir() == tmp_path / "named"
+
+
+def test_a_place_that_cannot_be_is_told(monkeypatch):
+    def expanduser(path: Path) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("PHIRT_MACHINE_DIR", "~/machine")
+    monkeypatch.setattr(Path, "expanduser", expanduser)
+    with pytest.raises(StoreError, match="Set PHIRT_MACHINE_DIR to the absolute path of a folder"):
+        machine_dir()
 
 
 def test_what_is_written_is_read(record):

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,29 @@ class TestMemory:
 def test_a_trial_takes_the_place_of_an_older_one():
     record = with_trial(with_trial(ANSWER, ran("cpu")), TRIAL)
     assert record.trials == (TRIAL,)
+
+
+def test_an_interruption_ends_what_is_being_asked_and_is_not_remembered(
+    asked, monkeypatch, own_machine_dir
+):
+    monkeypatch.setattr(survey, "backend_names", lambda: ["first", "hangs"])
+    hangs = threading.Event()
+
+    def run_child(module: str, arguments: list[str], **settings: Any) -> ChildEnd:
+        if arguments[1] == "first":
+            assert hangs.wait(30)
+            raise KeyboardInterrupt  # as if it were the main thread's
+        hangs.set()
+        assert settings["stop"].wait(30)
+        return ChildEnd(ending="not run", reason="it was interrupted", lasts=False)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(survey, "run_child", run_child)
+        interrupted = Survey()
+        with pytest.raises(KeyboardInterrupt):
+            interrupted.machine()
+    assert not list(own_machine_dir.glob("survey-*.json"))
+    assert [record.outcome for record in interrupted.machine().backends] == ["listed"] * 2
 
 
 class TestWithoutProcesses:

@@ -169,6 +169,25 @@ def test_a_device_whose_memory_is_taken_is_tried_again(faulty):
     assert asked == ["asking faulty", *2 * ["trying faulty on cpu"]]
 
 
+@pytest.mark.parametrize("short", ["_LEAST_DISK_BYTES", "_LEAST_MEMORY_BYTES"])
+def test_a_failure_where_memory_or_disk_is_short_says_nothing_of_the_runtime(
+    faulty, monkeypatch, tmp_path, short
+):
+    faulty("tests.dispatch.faulty:ProbeRaises")
+    (tmp_path / "site" / "wants_more.py").write_text(
+        "import sys\n"
+        "from phirt.dispatch import probe_child\n"
+        f"probe_child.{short} = 1 << 60\n"
+        "probe_child.main(sys.argv[1:])\n",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(survey, "_CHILD", "wants_more")
+    asked: list[str] = []
+    for _ in range(2):
+        Survey(report=asked.append).machine()
+    assert asked == ["asking faulty"] * 2
+
+
 def test_a_child_without_a_parent_ends_by_itself(faulty, tmp_path):
     faulty("tests.dispatch.faulty:ProbeHangs")
     command = [sys.executable, "-m", "phirt.dispatch.probe_child", "list", "faulty", "3"]
