@@ -32,7 +32,9 @@ def add_devices(commands: argparse._SubParsersAction[Any]) -> None:
         "--no-trials", dest="trials", action="store_false", help="list only, and run nothing"
     )
     devices.add_argument(
-        "--machine", metavar="FILE", help="show the record of another machine, as --raw prints it"
+        "--machine",
+        metavar="FILE",
+        help="show the record of another machine, as --raw prints it; - for stdin",
     )
     devices.add_argument(
         "-v", "--verbose", action="count", default=0, help="log to stderr; twice for more"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -49,7 +50,7 @@ def print_devices(arguments: argparse.Namespace) -> None:
     if arguments.raw:
         from phirt.devices.record_json import to_json
 
-        print_json(to_json(machine))
+        print_json(_without_home(to_json(machine)))
         return
     from phirt.devices.merge import devices_of
 
@@ -92,15 +93,40 @@ def _progress() -> Iterator[Callable[[str], None]]:
 def read_machine(name: str) -> Machine:
     """The record of a machine in a file, as ``phirt devices --raw`` prints it.
 
+    Args:
+        name: The file; ``-`` for stdin.
+
     Raises:
         UsageError: It is none.
     """
     from phirt.devices.record_json import machine_from_json
 
     try:
-        return machine_from_json(json.loads(Path(name).read_text(encoding="utf-8")))
+        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
+        # As bytes: PowerShell's ">" writes UTF-16.
+        return machine_from_json(json.loads(content))
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"--machine {name}: {error}") from error
+
+
+def _without_home(value: Any) -> Any:
+    """A record to give away: paths in it may have the user's name."""
+    try:
+        home = str(Path.home())
+    except RuntimeError:
+        return value
+    if home == Path(home).anchor:
+        return value  # of a user who has none
+    pattern = re.compile(rf"{re.escape(home)}(?![\w.-])")
+
+    def strip(part: Any) -> Any:
+        if isinstance(part, str):
+            return pattern.sub("~", part)
+        if isinstance(part, list):
+            return [strip(each) for each in part]
+        return {key: strip(each) for key, each in part.items()} if isinstance(part, dict) else part
+
+    return strip(value)
 
 
 def _as_json(device: Device) -> dict[str, Any]:

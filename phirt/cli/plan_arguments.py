@@ -40,7 +40,9 @@ def add_plan(commands: argparse._SubParsersAction[Any]) -> None:
         help="what the choice is for, where speeds were measured (default: latency)",
     )
     plan.add_argument(
-        "--machine", metavar="FILE", help="plan for the machine of a record (phirt devices --raw)"
+        "--machine",
+        metavar="FILE",
+        help="plan for the machine of a record (phirt devices --raw); - for stdin",
     )
     plan.add_argument("--json", action="store_true", help="print one JSON object")
     plan.add_argument(

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -114,6 +119,31 @@ def test_a_raw_record_comes_out_as_it_went_in(record, capsys):
     assert machine_from_json(json.loads(capsys.readouterr().out)) == MACHINE
 
 
+def test_a_record_comes_through_a_pipe(capsys, monkeypatch):
+    content = io.BytesIO(json.dumps(to_json(MACHINE)).encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(content, encoding="utf-8"))
+    assert main(["devices", "--machine", "-"]) == 0
+    assert capsys.readouterr().out == SHOWN
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_record_that_a_shell_of_windows_wrote(tmp_path, capsys, encoding):
+    file = tmp_path / "machine.json"
+    file.write_text(json.dumps(to_json(MACHINE)), encoding=encoding)
+    assert main(["devices", "--machine", str(file)]) == 0
+    assert capsys.readouterr().out == SHOWN
+
+
+def test_a_raw_record_does_not_tell_where_the_user_lives(record, capsys, monkeypatch, tmp_path):
+    home = tmp_path / "Ada Lovelace"
+    monkeypatch.setattr(Path, "home", lambda: home)
+    path = f"{home / 'lib'}{os.pathsep}{home}-else{os.pathsep}{home}"
+    machine = replace(MACHINE, environment={"LD_LIBRARY_PATH": path})
+    assert main(["devices", "--raw", "--machine", record(machine)]) == 0
+    shown = json.loads(capsys.readouterr().out)["environment"]["LD_LIBRARY_PATH"]
+    assert shown == os.pathsep.join([str(Path("~", "lib")), f"{home}-else", "~"])
+
+
 def test_a_strangers_words_give_a_terminal_no_orders(record, capsys):
     evil = make_machine(
         listed("x\x1b[2J", offer("cpu"), version="\x1b]0;title\x07"),
@@ -129,6 +159,10 @@ def test_a_strangers_words_give_a_terminal_no_orders(record, capsys):
         ("", "Expecting value"),
         ("[" * 100_000, "--machine"),
         ("{}", "machine lacks the field 'cpu'"),
+        (
+            json.dumps(to_json(replace(MACHINE, backends=(listed("fake", offer("No Name")),)))),
+            "'No Name' is not a device name",
+        ),
         ('{"schema": 7}', "this phirt reads schema 1"),
         ("\xff", "--machine"),
     ],
