@@ -171,7 +171,7 @@ def _examine_quarantine(machine: Machine, record: BackendRecord) -> Iterator[Fin
             machine.quarantine,
             backend=record.backend,
             device=found.device,
-            version=record.version,
+            version=found.version or record.version,
             driver=found.hardware.driver if found.hardware else None,
         )
         if entry is not None:

@@ -38,7 +38,7 @@ def list_devices(ov: Any, core: Any) -> list[Availability]:
     entries = []
     for device in core.available_devices:
         hardware = describe_device(core, device)
-        reason = f"OpenVINO {ov.get_version()}: {hardware.name or device}"
+        reason = f"{version}: {hardware.name or device}"
         name = phirt_name(device)
         entries.append(Availability(name, "found", reason, version=version, hardware=hardware))
     kinds = {entry.device.partition(":")[0] for entry in entries}
