@@ -7,19 +7,36 @@ was named is asked here: it is used, or an error says why not.
 from __future__ import annotations
 
 import platform
+import sys
+from dataclasses import replace
 
 from phirt._version import __version__
 from phirt.devices.hardware import read_system
+from phirt.devices.installed import runtime_versions, scan_installed
 from phirt.devices.machine import BackendRecord, Machine
 from phirt.devices.memory import read_memory
 from phirt.devices.names import DeviceName
-from phirt.dispatch.plan import PlanCandidate, PlannedArtifact, PlanRequest
+from phirt.dispatch.plan import Plan, PlanCandidate, PlannedArtifact, PlanRequest
 from phirt.dispatch.planner import OFFERED, make_plan, offer_of
+from phirt.dispatch.refusal import not_offered, not_working
 from phirt.dispatch.registry import backend_names, formats_of, get_backend, is_automatic
-from phirt.errors import BackendBrokenError, BackendNotInstalledError, DeviceNotAvailableError
 from phirt.types import Availability
 
-__all__ = ["check_offered", "machine_for", "targets"]
+__all__ = ["check_backend", "check_offered", "machine_for", "targets"]
+
+
+def check_backend(backend: object) -> None:
+    """Refuse what names no backend.
+
+    Raises:
+        UnknownBackendError: No such backend.
+        BackendBrokenError: The adapter of the plugin named cannot be imported.
+        TypeError: It is not a string.
+    """
+    if not isinstance(backend, str):
+        raise TypeError(f"backend must be a string, not {type(backend).__name__}")
+    if backend != "auto":
+        get_backend(backend)
 
 
 def machine_for(backend: str) -> Machine:
@@ -33,8 +50,7 @@ def machine_for(backend: str) -> Machine:
         BackendBrokenError: The adapter of the plugin named cannot be imported.
         TypeError: It is not a string.
     """
-    if not isinstance(backend, str):
-        raise TypeError(f"backend must be a string, not {type(backend).__name__}")
+    check_backend(backend)
     if backend == "auto":
         # Imported here: a named backend needs no survey.
         from phirt.dispatch.survey import Survey
@@ -84,29 +100,22 @@ def check_offered(machine: Machine, *, device: str, backend: str) -> None:
         for record in machine.backends
         if record.backend == backend or (backend == "auto" and is_automatic(record.backend))
     ]
-    listed = [found for record in records for found in _listing(record)]
     for record in records:
         usable = [found for found in _listing(record) if found.status in OFFERED]
         if usable and (wanted.kind == "auto" or offer_of(usable, wanted) is not None):
             return
-    if wanted.kind != "auto":
-        known = sorted({found.device for found in listed if found.status in OFFERED})
-        here = [found for found in listed if wanted.is_one_of([found.device])]
-        if known and not here:
-            described = "any backend" if backend == "auto" else f"backend {backend!r}"
-            raise DeviceNotAvailableError(
-                f"Device '{wanted}' is not available to {described}, which offers: "
-                f'{", ".join(known)}. Pass one of these, or device="auto".'
-            )
-        # What is not installed offers nothing, so that to say "cpu" of it would be wrong.
-        listed = here or listed
-    reasons = " ".join(dict.fromkeys(found.reason for found in listed))
-    if listed and all(found.status == "no device" for found in listed):
-        raise DeviceNotAvailableError(f"Device '{wanted}' is not available here: {reasons}")
-    broken = any(found.status == "broken" for found in listed)
-    raise (BackendBrokenError if broken else BackendNotInstalledError)(
-        reasons or "No backend is registered."
-    )
+    if not machine.distributions:  # which only this needs, where a backend was named
+        machine = replace(machine, distributions=runtime_versions(scan_installed(sys.path)))
+    plan = _plan_of_anything(machine, device=device, backend=backend)
+    rows = [row for row in plan.candidates if row.stage == "runtime"]
+    listed = [found for record in records for found in _listing(record)]
+    # What is not installed, or does not work, says nothing of what it would offer.
+    here = [found for found in listed if wanted.is_one_of([found.device])] or listed
+    statuses = {found.status for found in here}
+    if statuses.isdisjoint(OFFERED) and "broken" in statuses:
+        raise not_working(rows)
+    is_missing = statuses.isdisjoint(OFFERED) and "missing" in statuses
+    raise not_offered(rows, device=wanted, backend=backend, is_missing=is_missing)
 
 
 def targets(machine: Machine, *, device: str, backend: str) -> list[PlanCandidate]:
@@ -117,6 +126,12 @@ def targets(machine: Machine, *, device: str, backend: str) -> list[PlanCandidat
         device: A device name, or ``"auto"``.
         backend: A backend name, or ``"auto"``.
     """
+    plan = _plan_of_anything(machine, device=device, backend=backend)
+    return [candidate for candidate in plan.candidates if candidate.status != "rejected"]
+
+
+def _plan_of_anything(machine: Machine, *, device: str, backend: str) -> Plan:
+    """The plan for a model that every backend can have, and has not."""
     request = PlanRequest(model="", device=device, backend=backend)
     names = [record.backend for record in machine.backends]
     anything = [
@@ -124,8 +139,7 @@ def targets(machine: Machine, *, device: str, backend: str) -> list[PlanCandidat
         for name in names
         if (formats := formats_of(name))
     ]
-    plan = make_plan(machine, anything, request)
-    return [candidate for candidate in plan.candidates if candidate.status != "rejected"]
+    return make_plan(machine, anything, request)
 
 
 def _listing(record: BackendRecord) -> list[Availability]:

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from phirt.devices.machine import BackendRecord, Machine
 from phirt.devices.names import DeviceName
-from phirt.dispatch.absent import why_missing
+from phirt.dispatch.absent import how_served, why_missing
 from phirt.dispatch.fit import check_fit
 from phirt.dispatch.measurements import Measurement, fastest, predict_seconds
 from phirt.dispatch.needs import memory_need
@@ -191,8 +191,9 @@ class _Judge:
                 "runtime",
                 record.backend,
                 str(self.device),
-                f"device '{self.device}' is not available to it: it offers {names}",
-                'Pass one of these, or device="auto".',
+                f"it offers only {names}",
+                how_served(self.machine, record, self.device)
+                or 'Pass one of these, or device="auto".',
             )
 
     def _meant(self, offered: Sequence[Availability]) -> list[Availability]:

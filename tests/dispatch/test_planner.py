@@ -391,7 +391,17 @@ class TestNamed:
     def test_a_device_that_the_backend_does_not_offer(self):
         found = row(plan_of(CPU, device="cuda"), "onnxruntime", "cuda")
         assert (found.stage, found.status) == ("runtime", "rejected")
-        assert found.reason == "device 'cuda' is not available to it: it offers cpu"
+        assert found.reason == "it offers only cpu"
+
+    def test_what_would_let_an_installed_runtime_offer_it(self):
+        fields = {"distributions": {"onnxruntime": "1.31.1"}}
+        here = machine(CPU, record("openvino", "cpu"), **fields)
+        plan = make_plan(here, FORMS, PlanRequest(model="m", device="cuda"))
+        rows = [each.fix for each in plan.candidates if each.stage == "runtime"]
+        assert rows == [
+            'python -m pip uninstall -y onnxruntime && python -m pip install "phirt[cuda]"',
+            'Pass one of these, or device="auto".',
+        ]
 
     def test_a_runtime_that_looked_and_found_none_is_quoted_once(self):
         listed = record("openvino", "cpu", offer("gpu", status="no device"))

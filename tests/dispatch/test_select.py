@@ -14,7 +14,7 @@ from phirt.devices.machine import Trial
 from phirt.dispatch import quarantine, select
 from phirt.dispatch.canary import Verdict
 from phirt.dispatch.measurements import Setting
-from phirt.dispatch.plan import PlanRequest, Speed
+from phirt.dispatch.plan import MemoryNeed, PlanRequest, Speed
 from phirt.dispatch.planner import make_plan
 from phirt.dispatch.select import PlanLoader
 from phirt.errors import (
@@ -333,7 +333,7 @@ class TestNamed:
         """Strict devices: no silent fall back to the CPU."""
         first = FakeBackend(devices=("cpu",))
         bench.register(first=first)
-        with pytest.raises(DeviceNotAvailableError, match=r"^Device 'cuda'.*it offers cpu"):
+        with pytest.raises(DeviceNotAvailableError, match=r"^Device 'cuda'.*it offers only cpu"):
             bench.load(device="cuda")
         assert first.seen == []
 
@@ -394,6 +394,20 @@ class TestNothingWorks:
         )
         with pytest.raises(OutOfMemoryError, match=r"no room in one.*no room in two"):
             bench.load()
+
+    def test_of_many_that_do_not_fit_the_message_tells_of_the_closest(self, bench):
+        def cramped(plan):
+            rows = []
+            for row, total in zip(plan.candidates, (900, 500, 700), strict=True):
+                need = MemoryNeed(weights=total, kv=0, workspace=0, context=8, free=100)
+                rows.append(replace(row, memory=need).rejected("memory", f"It needs {total}."))
+            return replace(plan, candidates=tuple(rows))
+
+        bench.register(first=FakeBackend(), second=FakeBackend(), third=FakeBackend())
+        with pytest.raises(OutOfMemoryError) as caught:
+            bench.load(change=cramped)
+        assert "It needs 500. `phirt plan` lists the others." in str(caught.value)
+        assert "900" not in str(caught.value)
 
 
 class TestSettings:
