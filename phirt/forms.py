@@ -18,9 +18,11 @@ from phirt.errors import ModelError, ModelNotFoundError
 from phirt.locate import Checkpoint, checkpoint_at, locate, meaning_of, needs_conversion
 from phirt.models.catalog import CatalogEntry, HubSource, PypiSource
 from phirt.models.folder import ModelFolder, read_folder
+from phirt.models.hub import check_hub_online
 from phirt.models.hub_models import find_fetched, find_source_of
 from phirt.models.hub_names import HubName
 from phirt.models.manifest import read_manifest
+from phirt.models.pypi import check_online
 from phirt.models.store import Store
 from phirt.remote import (
     Announce,
@@ -91,6 +93,7 @@ class Forms:
             device: The kind.
 
         Raises:
+            ModelNotFoundError: It would have to be fetched, and must not be.
             ModelError: It can have the model in no form, or a form that is here is damaged.
             BackendNotInstalledError: A package is missing that reading the checkpoint needs.
             ValueError: A precision was named for a folder that cannot be converted.
@@ -122,6 +125,11 @@ class Forms:
             found = list(self._in_store(option, wanted))
             if found:
                 return found
+        place = options[0].place
+        if isinstance(place, PypiSource):
+            check_online(place, offline=self._offline)
+        else:
+            check_hub_online(place, offline=self._offline)
         return [self._to_fetch(options[0], wanted)]
 
     def shape(

@@ -109,6 +109,8 @@ def load(
 
     check_settings(model, precision=precision, context=context, optimize=optimize)
     _check_threads(threads, spinning)
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"options must be a mapping of names to values, not {options!r}")
     if options and backend == "auto":
         raise ValueError(
             f"options={dict(options)!r} are settings of one runtime: name its backend as well"

@@ -10,12 +10,12 @@ from phirt.conversion import check_precision_name
 from phirt.devices.hardware import hardware_id
 from phirt.devices.machine import Machine
 from phirt.devices.names import DeviceName
-from phirt.dispatch.candidates import machine_for
+from phirt.dispatch.candidates import check_backend, machine_for
 from phirt.dispatch.measurements import Measurements
 from phirt.dispatch.plan import DEFAULT_CONTEXT, Plan, PlannedArtifact, PlanRequest
 from phirt.dispatch.planner import OFFERED, Accepts, make_plan
 from phirt.dispatch.registry import formats_of, get_backend
-from phirt.errors import BackendError, PhirtError, UnsupportedModelError
+from phirt.errors import BackendError, ModelNotFoundError, PhirtError, UnsupportedModelError
 from phirt.forms import Forms
 from phirt.models.catalog import DEFAULT_MODEL
 from phirt.protocols import Accept, Reject
@@ -103,8 +103,7 @@ def plan_on(
         progress: Called where a form of the model is converted later on.
     """
     check_settings(model, precision=precision, context=context, optimize=optimize)
-    if backend != "auto":
-        get_backend(backend)  # which says what there is
+    check_backend(backend)
     DeviceName.parse(device)
     return prepare(
         model,
@@ -243,10 +242,13 @@ def _forms_for(
         for kind in sorted(kinds):
             try:
                 artifacts = forms.read_by(formats, kind)
-            except (UnsupportedModelError, BackendError) as error:
+            except (ModelNotFoundError, UnsupportedModelError, BackendError) as error:
                 refusals[name] = error
                 continue
             found |= dict.fromkeys(replace(each, backends=(name,)) for each in artifacts)
+    absent = [each for each in refusals.values() if isinstance(each, ModelNotFoundError)]
+    if absent and not found:
+        raise absent[0]  # for nobody, which is no matter of backends
     return list(found), refusals
 
 

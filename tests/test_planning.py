@@ -60,12 +60,12 @@ class TestForms:
         ("device", "devices"), [("cpu", ("cpu",)), ("cuda", ("cuda",)), ("directml", ("directml",))]
     )
     def test_a_name_that_is_not_here(self, device, devices):
-        forms = Forms("phi-3-mini-4k-instruct", precision="auto", offline=True)
+        forms = Forms("phi-3-mini-4k-instruct", precision="auto")
         (form,) = forms.read_by(self.ONNX, device)
         assert (form.format, form.state, form.devices) == ("onnx-genai", "to fetch", devices)
 
     def test_another_precision_of_it(self):
-        forms = Forms("phi-3-mini-4k-instruct", precision="int8", offline=True)
+        forms = Forms("phi-3-mini-4k-instruct", precision="int8")
         (form,) = forms.read_by(self.ONNX, "cpu")
         assert (form.precision, form.state) == ("int8", "to fetch")
 
@@ -127,6 +127,8 @@ class TestPlan:
             ({"precision": "int3"}, ValueError, "'int3' is not one of"),
             ({"device": "cuda:"}, ValueError, "not a device name"),
             ({"backend": "onnxruntim"}, phirt.UnknownBackendError, "Did you mean"),
+            ({"backend": 3}, TypeError, "backend must be a string"),
+            ({"device": 3}, TypeError, "device must be a string"),
         ],
     )
     def test_mistakes(self, folder, options, error, message):
@@ -135,7 +137,20 @@ class TestPlan:
                 function(folder, **options)
 
 
+    @pytest.mark.parametrize("model", ["org/nowhere", "phi-3-mini-4k-instruct", None])
+    def test_what_would_have_to_be_fetched_offline(self, model):
+        """A load could not fetch it either."""
+        for function in (phirt.plan, phirt.load):
+            with pytest.raises(phirt.ModelNotFoundError, match="offline mode forbids"):
+                function(model, offline=True)
+
+
 class TestLoad:
+    @pytest.mark.parametrize("options", [3, ["a"]])
+    def test_options_that_are_no_mapping(self, folder, options):
+        with pytest.raises(TypeError, match="options must be a mapping"):
+            phirt.load(folder, backend="transformers", options=options)
+
     def test_a_named_backend_has_a_plan_too(self, tiny_model):
         with phirt.load(tiny_model.path, backend="onnxruntime", device="cpu") as model:
             chosen = model.plan.chosen

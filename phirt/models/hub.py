@@ -80,6 +80,15 @@ class HubSnapshot:
     gated: bool
 
 
+def check_hub_online(name: HubName, *, offline: bool) -> None:
+    """Raise `ModelNotFoundError` where a hub must not be asked for a model."""
+    if is_offline(offline):
+        raise ModelNotFoundError(
+            f"{name} is not in the store, and offline mode forbids asking a hub for it. Run "
+            "once without offline=True and HF_HUB_OFFLINE, or name a model folder."
+        )
+
+
 def open_snapshot(name: HubName, *, offline: bool) -> HubSnapshot:
     """Ask the hub which commit a name means, and which files that has.
 
@@ -93,11 +102,7 @@ def open_snapshot(name: HubName, *, offline: bool) -> HubSnapshot:
         ModelFormatError: What the hub answered is no listing.
         UnsafeModelError: It lists a file that would lie outside the model's folder.
     """
-    if is_offline(offline):
-        raise ModelNotFoundError(
-            f"{name} is not in the store, and offline mode forbids asking a hub for it. Run "
-            "once without offline=True and HF_HUB_OFFLINE, or name a model folder."
-        )
+    check_hub_online(name, offline=offline)
     revision = "" if name.revision is None else f"/revision/{quote(name.revision, safe='')}"
     try:
         data = _fetch(f"/api/models/{name.repo}{revision}?blobs=true", what=str(name))
