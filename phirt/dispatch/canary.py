@@ -174,7 +174,8 @@ def check_loaded(
         verdict = _unverified("the artifact has no canary, and the CPU is what others are held to")
     else:
         verdict = _compare(loaded, folder, canary, reference)
-    _logger.info("Canary of %s, %s: %s", folder.artifact.name, place, verdict)
+    name, backend, device = folder.artifact.name, place.backend, place.device
+    _logger.info("Canary of %s with %s on %s: %s", name, backend, device, verdict)
     if verdict.status != "unverified":  # Something to compare with may turn up.
         _write_verdict(_record_of(folder, place), verdict)
     return verdict
