@@ -92,6 +92,10 @@ class _Group:
         names.append(None if self.pci is None else self.pci.name)
         return {_comparable(name) for name in names if name}
 
+    def is_called(self, name: DeviceName) -> bool:
+        """Whether some backend calls it so."""
+        return name.is_one_of([offer.device for _, offer in self.offers])
+
     def has(self, record: BackendRecord, device: str) -> bool:
         """Whether the backend calls this device so already, with or without its number."""
         wanted = DeviceName.parse(device)
@@ -118,13 +122,10 @@ class _Grouping:
             for offer in record.listing
             if DeviceName.parse(offer.device).kind not in (*CPU_NAMES, *CHOOSERS)
         ]
-        # Those that say who they are leave the fewest places for the others.
-        for record, offer in offers:
-            if keys := _keys(offer.hardware):
-                self._add(self._by_keys(keys) or self._by_likeness(record, offer), record, offer)
-        for record, offer in offers:
-            if not _keys(offer.hardware):
-                self._add(self._by_likeness(record, offer), record, offer)
+        # Those that say best who they are leave the fewest places for the others to be guessed at.
+        for record, offer in sorted(offers, key=lambda each: _vagueness(each[1].hardware)):
+            group = self._by_keys(record, _keys(offer.hardware))
+            self._add(group or self._by_likeness(record, offer), record, offer)
 
     def _add(self, group: _Group | None, record: BackendRecord, offer: Availability) -> None:
         if group is None:
@@ -135,15 +136,25 @@ class _Grouping:
         group.keys |= _keys(offer.hardware)
         group.offers.append((record, offer))
 
-    def _by_keys(self, keys: set[tuple[str, str]]) -> _Group | None:
-        """The group that shares a key; several that do are one device, and become one."""
-        found = [group for group in self.groups if group.keys & keys]
-        for other in found[1:]:
-            found[0].keys |= other.keys
-            found[0].offers += other.offers
-            found[0].pci = found[0].pci or other.pci
-            self.groups.remove(other)
-        return found[0] if found else None
+    def _by_keys(self, record: BackendRecord, keys: set[tuple[str, str]]) -> _Group | None:
+        """The group that shares a key; several that do are one device, and become one.
+
+        But what is at two addresses is two devices, whatever drivers say of their UUIDs.
+        """
+        found = [
+            group for group in self.groups if group.keys & keys and not _are_apart(group.keys, keys)
+        ]
+        if not found:
+            return None
+        free = [group for group in found if all(known is not record for known, _ in group.offers)]
+        group = (free or found)[0]
+        for other in found:
+            if other is not group and not _are_apart(group.keys, other.keys):
+                group.keys |= other.keys
+                group.offers += other.offers
+                group.pci = group.pci or other.pci
+                self.groups.remove(other)
+        return group
 
     def _by_likeness(self, record: BackendRecord, offer: Availability) -> _Group | None:
         """The group of the same name, or of a maker that fits, or of the same device name."""
@@ -174,13 +185,11 @@ class _Grouping:
                 of_vendor = [group for group in of_vendor if not group.offers]
                 return of_vendor[0] if of_vendor else None
             if of_vendor:
-                return _nth(of_vendor, name.index or 0)
-        same = [
-            group
-            for group in fitting
-            if any(name.is_one_of([other.device]) for _, other in group.offers)
-        ]
-        return _nth(same, 0)
+                # Runtimes on one driver count alike, and not always as the system does.
+                number = DeviceName(name.kind, name.index or 0)
+                named = [group for group in of_vendor if group.is_called(number)]
+                return _nth(named, 0) or _nth(of_vendor, number.index or 0)
+        return _nth([group for group in fitting if group.is_called(name)], 0)
 
 
 def _nth(groups: list[_Group], index: int) -> _Group | None:
@@ -195,6 +204,17 @@ def _keys(hardware: Hardware | None) -> set[tuple[str, str]]:
     return {
         (kind, value.lower()) for kind, value in given.items() if value and set(value) - set("0:.-")
     }
+
+
+def _vagueness(hardware: Hardware | None) -> int:
+    """0 with an address, which the system knows too; 1 with another identity; 2 with none."""
+    kinds = {kind for kind, _ in _keys(hardware)}
+    return 0 if "pci" in kinds else 1 if kinds else 2
+
+
+def _are_apart(one: set[tuple[str, str]], other: set[tuple[str, str]]) -> bool:
+    addresses = [{value for kind, value in keys if kind == "pci"} for keys in (one, other)]
+    return all(addresses) and not addresses[0] & addresses[1]
 
 
 def _kind(offer: Availability) -> Kind:

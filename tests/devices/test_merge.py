@@ -25,6 +25,7 @@ from tests.devices.machines import (
 )
 
 UUID = "6d1bb8ad6b0c4cbd9c9a6f8c7a1d5e2f"
+UUIDS = (UUID, UUID[::-1])
 LUID = "000000000000c6f2"
 
 
@@ -87,6 +88,48 @@ class TestIdentity:
         _, first, second = devices_of(machine)
         assert {row.device for row in first.backends} == {"cuda:0"}
         assert {row.device for row in second.backends} == {"cuda:1"}
+
+    def test_the_system_counts_otherwise_than_cuda(self):
+        one, other = NVIDIA, replace(NVIDIA, pci="0000:02:00.0")
+        first, second = devices_of(
+            make_machine(
+                # It tells no address, and would be guessed at by the order of the devices.
+                listed(
+                    "onnxruntime", *(offer(f"cuda:{n}", f"CUDA {n}", uuid=UUIDS[n]) for n in (0, 1))
+                ),
+                listed(
+                    "transformers",
+                    offer("cuda:0", "cuda:0", uuid=UUIDS[0], pci=other.pci),
+                    offer("cuda:1", "cuda:1", uuid=UUIDS[1], pci=one.pci),
+                ),
+                listed("mlx", offer("cuda:0", "gpu, 0"), offer("cuda:1", "gpu, 1")),
+                pci=(one, other),
+            )
+        )[1:]
+        assert [row.device for row in first.backends] == ["cuda:1"] * 3
+        assert [row.device for row in second.backends] == ["cuda:0"] * 3
+
+    def test_two_addresses_are_two_devices_though_a_driver_gives_both_one_uuid(self):
+        cards = [replace(INTEL, pci=f"0000:0{n}:00.0") for n in (3, 4)]
+        found = devices_of(
+            make_machine(
+                listed(
+                    "openvino",
+                    *(
+                        offer(f"gpu:{n}", f"GPU.{n}", uuid=UUIDS[0], pci=cards[n].pci)
+                        for n in (0, 1)
+                    ),
+                ),
+                listed(
+                    "transformers", *(offer(f"gpu:{n}", f"xpu:{n}", uuid=UUIDS[0]) for n in (0, 1))
+                ),
+                pci=tuple(cards),
+            )
+        )[1:]
+        assert [[row.device for row in device.backends if row.native] for device in found] == [
+            ["gpu:0", "gpu:0"],
+            ["gpu:1", "gpu:1"],
+        ]
 
     def test_a_slice_of_a_device_is_a_row_of_it(self):
         slices = [
