@@ -137,7 +137,8 @@ def _as_json(device: Device) -> dict[str, Any]:
 
 def _lines(devices: list[Device], *, width: int) -> Iterator[Line]:
     for device in devices:
-        yield [(plain(device.name), "bold"), (_facts(device), "")]
+        name = " ".join(plain(device.name).split())
+        yield [(name, "bold"), (_facts(device), "")]
         for row in device.backends:
             yield from _row(row, width=width, is_cpu=device.kind == "cpu")
         yield []
