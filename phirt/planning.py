@@ -15,7 +15,13 @@ from phirt.dispatch.measurements import Measurements
 from phirt.dispatch.plan import DEFAULT_CONTEXT, Plan, PlannedArtifact, PlanRequest
 from phirt.dispatch.planner import OFFERED, Accepts, make_plan
 from phirt.dispatch.registry import formats_of, get_backend
-from phirt.errors import BackendError, ModelNotFoundError, PhirtError, UnsupportedModelError
+from phirt.errors import (
+    BackendError,
+    ModelNotFoundError,
+    PhirtError,
+    UnknownBackendError,
+    UnsupportedModelError,
+)
 from phirt.forms import Forms
 from phirt.models.catalog import DEFAULT_MODEL
 from phirt.protocols import Accept, Reject
@@ -232,7 +238,11 @@ def _forms_for(
         name = record.backend
         if request.backend not in ("auto", name):
             continue
-        formats = formats_of(name)
+        try:
+            formats = formats_of(name)
+        except UnknownBackendError as error:
+            refusals[name] = error  # a plugin of the machine that was recorded
+            continue
         kinds = {wanted.kind}
         if wanted.kind == "auto":
             # Of one that is not installed too: what the store holds for it, "auto" does not

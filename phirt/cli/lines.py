@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator
@@ -40,14 +41,18 @@ def print_lines(lines: Callable[[int], Iterable[Line]]) -> None:
 
 def paragraph(text: str, *, width: int, indent: int = 0, style: str = "") -> Iterator[Line]:
     """A text, wrapped and indented; what orders a terminal about is taken out."""
-    margin = " " * indent
-    for line in textwrap.wrap(
-        plain(text),
-        width,
-        initial_indent=margin,
-        subsequent_indent=margin,
-        # A command or a path is copied whole.
-        break_long_words=False,
-        break_on_hyphens=False,
-    ):
-        yield [(line, style)]
+    margin, text = " " * indent, plain(text)
+    # Of commands that do not fit into one line each has its own: broken elsewhere, the first part
+    # of what is copied would be a command too, and another one.
+    parts = re.split("(?<=&&) ", text) if indent + len(text) > width else [text]
+    for part in parts:
+        for line in textwrap.wrap(
+            part,
+            width,
+            initial_indent=margin,
+            subsequent_indent=margin,
+            # A command or a path is copied whole.
+            break_long_words=False,
+            break_on_hyphens=False,
+        ):
+            yield [(line, style)]

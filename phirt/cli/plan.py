@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from phirt.cli.arguments import UsageError
@@ -22,6 +23,7 @@ __all__ = ["print_plan"]
 
 _INDENT = 10
 _STYLES = {"chosen": "bold green", "usable": "green", "rejected": "dim"}
+_NAMES = {"chosen": "bold", "usable": "", "rejected": "dim"}
 _STATES = {"here": "", "to convert": ", to be converted", "to fetch": ", to be downloaded"}
 _WORKLOADS = {
     "latency": "one answer at a time",
@@ -68,9 +70,14 @@ def _lines(plan: Plan, machine: Machine, *, width: int) -> Iterator[Line]:
     yield []
     if plan.chosen is None:
         yield from paragraph("Nothing here can run it.", width=width, style="bold red")
-    others = [each for each in plan.candidates if each.stage != "request"]
-    for candidate in others:
-        yield from _candidate(candidate, width=width)
+    considered = [each for each in plan.candidates if each.stage != "request"]
+    before = None
+    for _, alike in groupby(considered, key=_said_of):
+        rows = list(alike)
+        if before not in (None, rows[0].status):
+            yield []
+        before = rows[0].status
+        yield from _candidates(rows, width=width)
     unasked: dict[str, dict[str, None]] = {}
     for each in plan.candidates:
         if each.stage == "request":
@@ -106,23 +113,30 @@ def _asked(plan: Plan) -> str:
     return f"{wish}for {_WORKLOADS[plan.optimize]}, {plan.context:,} tokens of context"
 
 
-def _candidate(candidate: PlanCandidate, *, width: int) -> Iterator[Line]:
-    style = _STYLES[candidate.status]
-    artifact = "" if candidate.artifact is None else _artifact(candidate.artifact)
-    where = f"{candidate.backend:<18} {candidate.device:<13}"
-    is_short = _INDENT + len(where) + len(artifact) < width
-    shown = f"{where} {artifact if is_short else ''}".rstrip()
-    yield [
-        (f"{candidate.status:<{_INDENT}}", style),
-        (plain(shown), "bold" if candidate.status == "chosen" else ""),
-    ]
-    details = ["" if is_short else artifact, candidate.reason]
-    if candidate.status != "rejected":
-        details += [_memory(candidate.memory), _speed(candidate.speed)]
+def _said_of(candidate: PlanCandidate) -> tuple[object, ...]:
+    """What rows that follow each other must share to be told of together."""
+    return candidate.status, candidate.reason, candidate.fix, candidate.speed
+
+
+def _candidates(alike: Sequence[PlanCandidate], *, width: int) -> Iterator[Line]:
+    first = alike[0]
+    status, style = first.status, _STYLES[first.status]
+    for candidate in alike:
+        artifact = "" if candidate.artifact is None else _artifact(candidate.artifact)
+        where = f"{candidate.backend:<18} {candidate.device:<13}"
+        is_short = _INDENT + len(where) + len(artifact) < width
+        shown = f"{where} {artifact if is_short else ''}".rstrip()
+        yield [(f"{status:<{_INDENT}}", style), (plain(shown), _NAMES[candidate.status])]
+        if not is_short:
+            yield from paragraph(artifact, width=width, indent=_INDENT)
+        status = ""
+    details = [first.reason]
+    if first.status != "rejected":
+        details += [_memory([each.memory for each in alike if each.memory]), _speed(first.speed)]
     for detail in filter(None, details):
         yield from paragraph(detail, width=width, indent=_INDENT)
-    if candidate.fix:
-        yield from paragraph(candidate.fix, width=width, indent=_INDENT, style="cyan")
+    if first.fix:
+        yield from paragraph(first.fix, width=width, indent=_INDENT, style="cyan")
 
 
 def _artifact(artifact: PlannedArtifact) -> str:
@@ -130,13 +144,17 @@ def _artifact(artifact: PlannedArtifact) -> str:
     return facts + _STATES[artifact.state]
 
 
-def _memory(need: MemoryNeed | None) -> str:
-    if need is None:
+def _memory(needs: Sequence[MemoryNeed]) -> str:
+    if not needs:
         return ""
-    free = "" if need.free is None else f" of {megabytes(need.free)} free"
+    first, *others = needs
+    free = "" if first.free is None else f" of {megabytes(first.free)} free"
+    if others:
+        low, high = (megabytes(bound(each.total for each in needs)) for bound in (min, max))
+        return f"memory: {low if low == high else f'{low} to {high}'}{free}"
     return (
-        f"memory: {megabytes(need.total)}{free} (weights {megabytes(need.weights)}, KV cache "
-        f"{megabytes(need.kv)}, workspace {megabytes(need.workspace)})"
+        f"memory: {megabytes(first.total)}{free} (weights {megabytes(first.weights)}, KV cache "
+        f"{megabytes(first.kv)}, workspace {megabytes(first.workspace)})"
     )
 
 

@@ -70,7 +70,7 @@ _TIERS = {
 
 _NOTES = {
     Tier.GPU: "a GPU goes before the CPU",
-    Tier.CPU: "the CPU",
+    Tier.CPU: "the CPU goes before what may be slower",
     Tier.INTEGRATED: "a GPU without memory of its own comes after the CPU until it is measured",
     Tier.NPU: "an NPU comes after the CPU until it is measured",
     Tier.OTHER: "it comes after the CPU until it is measured",

@@ -54,8 +54,8 @@ Test CPU (CPU, 32.0 GB)
 Iris Xe Graphics (GPU, driver i915)
   missing     onnxruntime        webgpu        onnxruntime 1.31.1
               onnxruntime 1.31.1 is installed, and does not serve it.
-              python -m pip uninstall -y onnxruntime && python -m pip install
-              "phirt[webgpu]"
+              python -m pip uninstall -y onnxruntime &&
+              python -m pip install "phirt[webgpu]"
   broken      openvino           gpu
               Asked for its devices, its process crashed with SIGILL: an
               instruction that this processor does not have.
@@ -70,8 +70,8 @@ Iris Xe Graphics (GPU, driver i915)
 GeForce RTX 4090 (GPU, 24.0 GB, driver nvidia 570.1)
   missing     onnxruntime        cuda          onnxruntime 1.31.1
               onnxruntime 1.31.1 is installed, and does not serve it.
-              python -m pip uninstall -y onnxruntime && python -m pip install
-              "phirt[cuda]"
+              python -m pip uninstall -y onnxruntime &&
+              python -m pip install "phirt[cuda]"
   missing     mlx                cuda
               python -m pip install "mlx[cuda13]" mlx-lm
   ready       transformers       cuda:0        transformers 5.23.0, torch 2.13.0

@@ -71,6 +71,33 @@ def test_a_pipe_gets_no_colours(plan):
     assert "\x1b" not in plan(HERE)
 
 
+def test_what_is_alike_is_told_of_once(plan):
+    alike = machine(record("onnxruntime", "gpu", "npu"), record("onnxruntime-genai", "gpu"), pci=())
+    lines = plan(alike).splitlines()
+    starts = [line[:39].rstrip() for line in lines if "onnx-genai" in line]
+    assert starts == [
+        "chosen    onnxruntime        gpu",
+        "usable    onnxruntime        npu",
+        "          onnxruntime-genai  gpu",
+    ]
+    assert sum("has said that there" in line for line in lines) == 2
+    assert sum(" to " in line and "memory: " in line for line in lines) == 1
+
+
+def test_a_plugin_of_another_machine(plan):
+    out = plan(machine(record("onnxruntime", "cpu"), record("zeta", "cpu")))
+    assert out.count("chosen    onnxruntime        cpu") == 1
+    assert "backend='zeta' is not registered" in out
+
+
+def test_a_command_is_not_broken_within(plan):
+    """Its first line alone would be another command."""
+    missing = replace(offer("cpu", status="broken"), reason="no", fix="x" * 40 + " && " + "y " * 25)
+    lines = plan(machine(record("zeta", missing), record("onnxruntime", "cpu"))).splitlines()
+    assert " " * 10 + "x" * 40 + " &&" in lines
+    assert " " * 10 + ("y " * 25).rstrip() in lines
+
+
 def test_what_it_takes_against_what_is_free(plan):
     out = " ".join(plan(HERE, "--context", "256").split())
     assert "256 tokens of context" in out

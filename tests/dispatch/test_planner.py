@@ -61,7 +61,7 @@ class TestOrderWithoutMeasurements:
         assert order(plan) == ["onnxruntime on cpu", "openvino on cpu", "transformers on cpu"]
         assert plan.chosen is plan.candidates[0]
         assert plan.chosen.reason == (
-            "not measured: the CPU; of the backends there, onnxruntime comes first"
+            "not measured: the CPU goes before what may be slower; of the backends there, onnxruntime comes first"
         )
 
     @pytest.mark.parametrize(
@@ -394,8 +394,8 @@ class TestNamed:
         assert found.reason == "it offers only cpu"
 
     def test_what_would_let_an_installed_runtime_offer_it(self):
-        fields = {"distributions": {"onnxruntime": "1.31.1"}}
-        here = machine(CPU, record("openvino", "cpu"), **fields)
+        wheels = {"onnxruntime": "1.31.1"}
+        here = machine(CPU, record("openvino", "cpu"), distributions=wheels)
         plan = make_plan(here, FORMS, PlanRequest(model="m", device="cuda"))
         rows = [each.fix for each in plan.candidates if each.stage == "runtime"]
         assert rows == [
