@@ -23,7 +23,6 @@ __all__ = ["print_plan"]
 
 _INDENT = 10
 _STYLES = {"chosen": "bold green", "usable": "green", "rejected": "dim"}
-_NAMES = {"chosen": "bold", "usable": "", "rejected": "dim"}
 _STATES = {"here": "", "to convert": ", to be converted", "to fetch": ", to be downloaded"}
 _WORKLOADS = {
     "latency": "one answer at a time",
@@ -120,16 +119,17 @@ def _said_of(candidate: PlanCandidate) -> tuple[object, ...]:
 
 def _candidates(alike: Sequence[PlanCandidate], *, width: int) -> Iterator[Line]:
     first = alike[0]
-    status, style = first.status, _STYLES[first.status]
+    label, style = str(first.status), _STYLES[first.status]
+    weight = "bold" if first.status == "chosen" else ""
     for candidate in alike:
         artifact = "" if candidate.artifact is None else _artifact(candidate.artifact)
         where = f"{candidate.backend:<18} {candidate.device:<13}"
         is_short = _INDENT + len(where) + len(artifact) < width
         shown = f"{where} {artifact if is_short else ''}".rstrip()
-        yield [(f"{status:<{_INDENT}}", style), (plain(shown), _NAMES[candidate.status])]
+        yield [(f"{label:<{_INDENT}}", style), (plain(shown), weight)]
         if not is_short:
             yield from paragraph(artifact, width=width, indent=_INDENT)
-        status = ""
+        label = ""
     details = [first.reason]
     if first.status != "rejected":
         details += [_memory([each.memory for each in alike if each.memory]), _speed(first.speed)]
