@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from phirt.devices.child import run_child
+from phirt.devices.child import end_with_parent, run_child
 from phirt.devices.record_json import from_json, to_json
 from phirt.dispatch.measurements import (
     WORKLOADS,
@@ -291,6 +291,7 @@ def _prompt(model: LoadedModel, length: int) -> list[int]:
 def main(arguments: Sequence[str]) -> None:
     """Carry out a task, and end the process at once."""
     document, file = arguments
+    end_with_parent(Path(file).parent)
     task = from_json(Task, json.loads(document), where="task")
     found: list[Measurement] = []
     try:

@@ -102,7 +102,10 @@ def _measure(name: str, device: str) -> tuple[float, float]:
     from phirt.models.folder import read_folder
 
     backend = get_backend(name)
-    folder = read_folder(trial_folder(backend.formats), formats=backend.formats)
+    path = trial_folder(backend.formats)
+    if not path.is_dir():  # as where phirt itself is in a zip file
+        raise UnsupportedModelError(f"The trial model is no folder of its own: {path}")
+    folder = read_folder(path, formats=backend.formats)
     canary = read_canary(folder.artifact.path)
     if canary is None:
         raise UnsupportedModelError(f"{folder.artifact.path} has no canary.json")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from phirt.devices.record_json import from_json, to_json
-from phirt.dispatch import probing
+from phirt.dispatch import probing, trial_model
 from phirt.dispatch.machine_dir import read_record, write_record
-from phirt.dispatch.probing import list_backend
+from phirt.dispatch.probing import list_backend, try_device
 from phirt.types import Availability, Hardware
 
 
@@ -53,3 +53,10 @@ def test_what_is_no_unicode_can_be_kept_and_read(lists, tmp_path):
     write_record(tmp_path / "record.json", to_json(record))
     again = from_json(type(record), read_record(tmp_path / "record.json"), where="record")
     assert again.listing[0].reason == "r?"
+
+
+def test_a_trial_model_that_is_not_there_says_nothing_of_a_device(monkeypatch, tmp_path):
+    monkeypatch.setattr(trial_model, "trial_folder", lambda formats: tmp_path / "phirt.zip" / "x")
+    trial = try_device("reference", "cpu")
+    assert trial.outcome == "not run"
+    assert trial.reason.startswith("The trial model is no folder of its own: ")
