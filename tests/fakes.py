@@ -65,6 +65,7 @@ class FakeModel(BaseModel):
         execution: Execution | None = None,
     ) -> None:
         self.rule = rule or counting(vocab)
+        self.device = "cpu"
         missing = ["kv", "batch", "topk"] + ([] if verify else ["verify"])
         super().__init__(
             info=ModelInfo(
@@ -100,7 +101,7 @@ class FakeModel(BaseModel):
         return FakeSession(self, max_length=max_length)
 
     def placement(self) -> Placement:
-        return Placement(device="cpu", provider="fake")
+        return Placement(device=self.device, provider="fake")
 
     def close(self) -> None:
         self.closed = True

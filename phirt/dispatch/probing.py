@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from phirt.devices.machine import BackendRecord, Trial, TrialOutcome
 from phirt.devices.record_json import from_json, to_json
+from phirt.dispatch.proof import check_placement
 from phirt.dispatch.registry import get_backend
 from phirt.errors import (
     DeviceNotAvailableError,
@@ -19,7 +20,11 @@ from phirt.errors import (
 )
 from phirt.protocols import Availability, LoadOptions
 
-__all__ = ["list_backend", "try_device"]
+__all__ = ["DEVICE_FIX", "RUNTIME_FIX", "list_backend", "try_device"]
+
+_REFRESH = "Once that is mended, `phirt devices --refresh` asks again."
+RUNTIME_FIX = f"Reinstall or update its runtime. {_REFRESH}"
+DEVICE_FIX = f"Update the driver of the device, or the runtime. {_REFRESH}"
 
 # Numbers of a device that works may differ from the expected ones by this, in nats, beyond what
 # rounding the weights took: the bound that a model's own canary has, too.
@@ -51,6 +56,7 @@ def list_backend(name: str) -> BackendRecord:
             backend=name,
             outcome="raised",
             reason=_sentence(error),
+            fix=_fix(error, RUNTIME_FIX),
             seconds=time.perf_counter() - started,
         )
     listing: dict[str, Availability] = {}
@@ -81,7 +87,8 @@ def try_device(name: str, device: str) -> Trial:
         outcome: TrialOutcome = "raised"
         for kind, found in _OUTCOMES:
             outcome = found if isinstance(error, kind) else outcome
-        return Trial(device=device, outcome=outcome, reason=_sentence(error))
+        fix = _fix(error, DEVICE_FIX)
+        return Trial(device=device, outcome=outcome, reason=_sentence(error), fix=fix)
     seconds = time.perf_counter() - started
     right = kl <= bound  # False for NaN, too
     verdict = "gave the right numbers" if right else "gave wrong numbers"
@@ -89,6 +96,7 @@ def try_device(name: str, device: str) -> Trial:
         device=device,
         outcome="ran" if right else "wrong numbers",
         reason=f"A tiny model ran there and {verdict}: KL {kl:.1g}, at most {bound:.2g} is right.",
+        fix=None if right else DEVICE_FIX,
         kl=kl if math.isfinite(kl) else None,
         seconds=seconds,
     )
@@ -111,9 +119,15 @@ def _measure(name: str, device: str) -> tuple[float, float]:
         raise UnsupportedModelError(f"{folder.artifact.path} has no canary.json")
     loaded = backend.load(folder.artifact, device, LoadOptions())
     try:
+        check_placement(loaded, backend=name, device=device)
         return float(run_canary(loaded, canary)), _TOLERANCE + (canary.own_kl or 0.0)
     finally:
         loaded.close()
+
+
+def _fix(error: Exception, fix: str) -> str | None:
+    """What mends it, where the error does not say so itself as phirt's own do."""
+    return None if isinstance(error, PhirtError) else fix
 
 
 def _sentence(error: Exception) -> str:

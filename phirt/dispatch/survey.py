@@ -30,12 +30,12 @@ from phirt.devices.memory import read_memory
 from phirt.devices.merge import to_try
 from phirt.devices.record_json import from_json
 from phirt.dispatch.machine_dir import machine_dir
-from phirt.dispatch.probing import list_backend
+from phirt.dispatch.probing import DEVICE_FIX, RUNTIME_FIX, list_backend
 from phirt.dispatch.registry import backend_names
 from phirt.dispatch.survey_cache import SurveyCache, forget_surveys, with_trial
 from phirt.errors import BackendError, BackendNotInstalledError
 
-__all__ = ["Report", "Survey", "Trials"]
+__all__ = ["Report", "Survey", "Trials", "is_imported"]
 
 Trials: TypeAlias = Literal["none", "cached", "all"]
 """Which trials a record has: none, those that were made before, or one of every device."""
@@ -60,8 +60,8 @@ _RUNTIMES = {
     "mlx": (("mlx", "mlx_lm"), "mlx"),
     "transformers": (("transformers", "torch"), "torch"),
 }
+_WITHOUT_RUNTIME = ("reference",)
 _CHILD = "phirt.dispatch.probe_child"
-_REFRESH = "Once that is mended, `phirt devices --refresh` asks again."
 
 
 class Survey:
@@ -103,6 +103,15 @@ class Survey:
         elif trials == "none":
             records = [replace(record, trials=()) for record in records]
         return here.record(records)
+
+    def backend(self, name: str) -> BackendRecord:
+        """What is known of one backend, which is asked where nothing is.
+
+        Args:
+            name: Name of the backend.
+        """
+        cache = _Here.look().cache
+        return cache.read().get(name) or self._listed(cache, name)
 
     def trial(self, backend: str, device: str) -> Trial:
         """Run a tiny model on a device, or say what came of it before.
@@ -174,7 +183,7 @@ class Survey:
                 backend=name,
                 outcome=end.ending,
                 reason=f"Asked for its devices, its process {end.reason}.",
-                fix=f"Reinstall or update its runtime. {_REFRESH}",
+                fix=RUNTIME_FIX,
             )
         return replace(record, seconds=round(end.seconds, 3)), end.lasts
 
@@ -196,7 +205,7 @@ class Survey:
                 device=device,
                 outcome=end.ending,
                 reason=f"Running a tiny model there, its process {end.reason}.",
-                fix=f"Update the driver of the device, or the runtime. {_REFRESH}",
+                fix=DEVICE_FIX,
             )
         return replace(trial, seconds=round(end.seconds, 3)), end.lasts
 
@@ -211,6 +220,17 @@ class Survey:
         finally:
             pool.shutdown(cancel_futures=True)
             self._stop.clear()
+
+
+def is_imported(backend: str) -> bool:
+    """Whether a backend's runtime is in this process already, or need not be imported.
+
+    A process that was started to ask a backend is spared nothing by another one, either.
+    """
+    if CHILD in os.environ or backend in _WITHOUT_RUNTIME:
+        return True
+    modules, _ = _RUNTIMES.get(backend, ((), ""))
+    return bool(modules) and all(module in sys.modules for module in modules)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -53,6 +53,7 @@ class FakeBackend:
         self.seen.append((artifact, device, options))
         if self.error:
             raise self.error
+        self.model.device = device
         return self.model
 
 
