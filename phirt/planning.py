@@ -239,7 +239,7 @@ def _forms_for(
         if request.backend not in ("auto", name):
             continue
         try:
-            formats = formats_of(name)
+            formats = formats_of(name, imports=not record.is_fatal)
         except UnknownBackendError as error:
             refusals[name] = error  # a plugin of the machine that was recorded
             continue

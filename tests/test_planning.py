@@ -136,7 +136,6 @@ class TestPlan:
             with pytest.raises(error, match=message):
                 function(folder, **options)
 
-
     @pytest.mark.parametrize("model", ["org/nowhere", "phi-3-mini-4k-instruct", None])
     def test_what_would_have_to_be_fetched_offline(self, model):
         """A load could not fetch it either."""

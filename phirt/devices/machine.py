@@ -155,6 +155,11 @@ class BackendRecord:
     trials: tuple[Trial, ...] = ()
     seconds: float = 0.0
 
+    @property
+    def is_fatal(self) -> bool:
+        """Whether asking it ended the process that asked, or left it hanging."""
+        return self.outcome in ("crashed", "timed out")
+
     def trial(self, device: str) -> Trial | None:
         """The trial of that device, or None where it was not tried."""
         return next((trial for trial in self.trials if trial.device == device), None)

@@ -1,7 +1,7 @@
 """What a machine offers for the device and the backend that were asked for.
 
 ``"auto"`` asks the survey, which asks every runtime in a process of its own. A backend that
-was named is asked here: it is used, or an error says why not.
+was named is asked here (`phirt.dispatch.asking`): it is used, or an error says why not.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from phirt.devices.installed import runtime_versions, scan_installed
 from phirt.devices.machine import BackendRecord, Machine
 from phirt.devices.memory import read_memory
 from phirt.devices.names import DeviceName
+from phirt.dispatch.asking import ask_here
 from phirt.dispatch.plan import Plan, PlanCandidate, PlannedArtifact, PlanRequest
 from phirt.dispatch.planner import OFFERED, make_plan, offer_of
 from phirt.dispatch.refusal import not_offered, not_working
-from phirt.dispatch.registry import backend_names, formats_of, get_backend, is_automatic
+from phirt.dispatch.registry import backend_names, check_registered, formats_of, is_automatic
 from phirt.types import Availability
 
 __all__ = ["check_backend", "check_offered", "machine_for", "targets"]
@@ -30,13 +31,12 @@ def check_backend(backend: object) -> None:
 
     Raises:
         UnknownBackendError: No such backend.
-        BackendBrokenError: The adapter of the plugin named cannot be imported.
         TypeError: It is not a string.
     """
     if not isinstance(backend, str):
         raise TypeError(f"backend must be a string, not {type(backend).__name__}")
     if backend != "auto":
-        get_backend(backend)
+        check_registered(backend)
 
 
 def machine_for(backend: str) -> Machine:
@@ -47,7 +47,8 @@ def machine_for(backend: str) -> Machine:
 
     Raises:
         UnknownBackendError: No such backend.
-        BackendBrokenError: The adapter of the plugin named cannot be imported.
+        BackendBrokenError: The backend named takes the process along which asks it, or the adapter
+            of the plugin named cannot be imported.
         TypeError: It is not a string.
     """
     check_backend(backend)
@@ -58,9 +59,7 @@ def machine_for(backend: str) -> Machine:
         return Survey().machine(trials="cached")
     from phirt.dispatch import quarantine
 
-    listing = tuple(get_backend(backend).probe())
-    version = next((found.version for found in listing if found.version), None)
-    asked = BackendRecord(backend=backend, outcome="listed", version=version, listing=listing)
+    asked = ask_here(backend)
     system = read_system()
     # Of the others nothing is known, and nothing is needed.
     others = [name for name in backend_names() if name != backend]
@@ -133,11 +132,12 @@ def targets(machine: Machine, *, device: str, backend: str) -> list[PlanCandidat
 def _plan_of_anything(machine: Machine, *, device: str, backend: str) -> Plan:
     """The plan for a model that every backend can have, and has not."""
     request = PlanRequest(model="", device=device, backend=backend)
-    names = [record.backend for record in machine.backends]
     anything = [
-        PlannedArtifact(format=formats[0], precision=None, state="to fetch", backends=(name,))
-        for name in names
-        if (formats := formats_of(name))
+        PlannedArtifact(
+            format=formats[0], precision=None, state="to fetch", backends=(record.backend,)
+        )
+        for record in machine.backends
+        if (formats := formats_of(record.backend, imports=not record.is_fatal))
     ]
     return make_plan(machine, anything, request)
 

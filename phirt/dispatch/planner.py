@@ -388,7 +388,7 @@ def _registered(machine: Machine) -> dict[str, tuple[str, ...]]:
     found = {}
     for record in machine.backends:
         with contextlib.suppress(UnknownBackendError):
-            found[record.backend] = formats_of(record.backend)
+            found[record.backend] = formats_of(record.backend, imports=not record.is_fatal)
     return found
 
 

@@ -15,7 +15,14 @@ from importlib.metadata import entry_points
 from phirt.errors import BackendBrokenError, UnknownBackendError
 from phirt.protocols import Backend
 
-__all__ = ["ENTRY_POINT_GROUP", "backend_names", "formats_of", "get_backend", "is_automatic"]
+__all__ = [
+    "ENTRY_POINT_GROUP",
+    "backend_names",
+    "check_registered",
+    "formats_of",
+    "get_backend",
+    "is_automatic",
+]
 
 ENTRY_POINT_GROUP = "phirt.backends"
 
@@ -51,12 +58,11 @@ def is_automatic(name: str) -> bool:
     return name not in _ONLY_BY_NAME
 
 
-def get_backend(name: str) -> Backend:
-    """The backend of that name. Its adapter is imported now, its runtime is not.
+def check_registered(name: str) -> str:
+    """Where the adapter of a backend is, as an entry point has it; nothing is imported.
 
     Raises:
         UnknownBackendError: No backend of that name is registered.
-        BackendBrokenError: A plugin's adapter cannot be imported.
     """
     target = _BUILT_IN.get(name) or _plugins().get(name)
     if target is None:
@@ -66,6 +72,17 @@ def get_backend(name: str) -> Backend:
         raise UnknownBackendError(
             f"backend={name!r} is not registered; registered are: {', '.join(names)}.{hint}"
         )
+    return target
+
+
+def get_backend(name: str) -> Backend:
+    """The backend of that name. Its adapter is imported now, its runtime is not.
+
+    Raises:
+        UnknownBackendError: No backend of that name is registered.
+        BackendBrokenError: A plugin's adapter cannot be imported.
+    """
+    target = check_registered(name)
     module, _, attribute = target.partition(":")
     try:
         backend: Backend = getattr(importlib.import_module(module), attribute)()
@@ -78,14 +95,20 @@ def get_backend(name: str) -> Backend:
     return backend
 
 
-def formats_of(name: str) -> tuple[str, ...]:
+def formats_of(name: str, *, imports: bool = True) -> tuple[str, ...]:
     """The layouts that a backend reads, preferred first; none where its adapter is broken.
+
+    Args:
+        name: Name of the backend.
+        imports: Whether a plugin's adapter may be imported to be asked; else it has none.
 
     Raises:
         UnknownBackendError: No backend of that name is registered.
     """
     if name in _FORMATS:
         return _FORMATS[name]
+    if not imports:
+        return ()
     try:
         return tuple(get_backend(name).formats)
     except BackendBrokenError:
