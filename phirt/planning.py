@@ -111,7 +111,7 @@ def plan_on(
     check_settings(model, precision=precision, context=context, optimize=optimize)
     check_backend(backend)
     DeviceName.parse(device)
-    return prepare(
+    prepared = prepare(
         model,
         machine=machine or machine_for("auto"),
         request=PlanRequest(
@@ -127,6 +127,12 @@ def plan_on(
         # The runtimes of another machine are not here to be asked.
         ask_adapters=machine is None,
     )
+    if machine is not None:
+        return prepared
+    # Imported here: what loads a plan, a plan of another machine does not need.
+    from phirt.dispatch.select import without_wrong
+
+    return replace(prepared, plan=without_wrong(prepared.plan, prepared.machine))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ import numpy as np
 from phirt._version import __version__
 from phirt.devices.names import DeviceName
 from phirt.dispatch.machine_dir import machine_dir, read_record, write_record
+from phirt.dispatch.measurements import artifact_id
 from phirt.errors import ModelError, ModelFormatError, PhirtError
 from phirt.models.canary import (
     CANARY_TEXT,
@@ -164,34 +165,37 @@ def check_loaded(
         DeviceError: The device or its memory does not suffice.
         StoreError: There is no place for the record (`machine_dir`).
     """
-    known = known_verdict(folder, place)
+    artifact = folder.artifact
+    subject = artifact_id(artifact.weights_id, artifact.format, artifact.precision)
+    known = known_verdict(subject, place)
     if known is not None:
         return known
-    canary = read_canary(folder.artifact.path, vocab_size=loaded.info.vocab_size)
+    canary = read_canary(artifact.path, vocab_size=loaded.info.vocab_size)
     if canary is not None and canary.own_kl is not None:
         verdict = _judge(run_canary(loaded, canary), canary, "its original weights")
     elif DeviceName.parse(place.device).kind == "cpu":
         verdict = _unverified("the artifact has no canary, and the CPU is what others are held to")
     else:
         verdict = _compare(loaded, folder, canary, reference)
-    name, backend, device = folder.artifact.name, place.backend, place.device
-    _logger.info("Canary of %s with %s on %s: %s", name, backend, device, verdict)
+    _logger.info(
+        "Canary of %s with %s on %s: %s", artifact.name, place.backend, place.device, verdict
+    )
     if verdict.status != "unverified":  # Something to compare with may turn up.
-        _write_verdict(_record_of(folder, place), verdict)
+        _write_verdict(_record_of(subject, place), verdict)
     return verdict
 
 
-def known_verdict(folder: ModelFolder, place: Place) -> Verdict | None:
+def known_verdict(artifact: str, place: Place) -> Verdict | None:
     """What an earlier comparison found, or None where there was none.
 
     Args:
-        folder: What is, or would be, loaded.
+        artifact: `artifact_id` of what is, or would be, loaded.
         place: What it is loaded with.
 
     Raises:
         StoreError: There is no place for the record (`machine_dir`).
     """
-    return _read_verdict(_record_of(folder, place))
+    return _read_verdict(_record_of(artifact, place))
 
 
 def forget_verdicts() -> None:
@@ -259,15 +263,8 @@ class _Record:
     key: dict[str, str | None]
 
 
-def _record_of(folder: ModelFolder, place: Place) -> _Record:
-    key = {
-        "weights_id": folder.artifact.weights_id,
-        "layout": folder.artifact.format,
-        # Weights of one identity may be stored in several, for which there are other kernels.
-        "precision": folder.artifact.precision,
-        "phirt": __version__,
-        **asdict(place),
-    }
+def _record_of(artifact: str, place: Place) -> _Record:
+    key = {"artifact": artifact, "phirt": __version__, **asdict(place)}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     return _Record(_records() / f"{digest}.json", key)
 

@@ -58,10 +58,10 @@ short answer; ``throughput``: several requests at once, whose prompts take turns
 
 
 def artifact_id(weights_id: str, layout: str, precision: str | None) -> str:
-    """What speed is measured of: ``"sha256:...:onnx-genai:int8"``.
+    """What speeds and verdicts are of: ``"sha256:...:onnx-genai:int8"``.
 
     The identity of the weights is not enough: ``fp32`` and ``exact`` hold the same ones, and
-    each has kernels and a speed of its own.
+    each has kernels of its own.
 
     Args:
         weights_id: As in `Artifact`.

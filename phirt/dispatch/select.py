@@ -36,7 +36,7 @@ from phirt.errors import (
 from phirt.models.folder import ModelFolder
 from phirt.protocols import LoadedModel, LoadOptions, Reject
 
-__all__ = ["FindFolder", "PlanLoader", "Selection", "TryFirst"]
+__all__ = ["FindFolder", "PlanLoader", "Selection", "TryFirst", "without_wrong"]
 
 _logger = logging.getLogger(__name__)
 
@@ -187,9 +187,9 @@ class PlanLoader:
                 raise _RejectedError("model", verdict.reason.rstrip("."), None, fix=verdict.fix)
             if candidate.memory is None:
                 self._check_fit(candidate, folder, plan)
-            known = known_verdict(folder, self._place(candidate))
-            if known is not None and known.status == "failed" and plan.device == "auto":
-                raise self._wrong_numbers(candidate, known)  # before the weights are read
+            wrong = _known_wrong(_id_of(folder), candidate, self._machine)
+            if wrong is not None and plan.device == "auto":
+                raise self._wrong_numbers(candidate, wrong)  # before the weights are read
             options = self._options_for(candidate)
             return folder, backend.load(folder.artifact, candidate.device, options)
         except _FAILURES as error:
@@ -239,7 +239,7 @@ class PlanLoader:
             verdict = check_loaded(
                 loaded,
                 folder,
-                self._place(candidate),
+                _place_of(candidate, self._machine),
                 reference=lambda: self._reference(candidate, folder, plan),
             )
         except _FAILURES as failure:
@@ -259,12 +259,10 @@ class PlanLoader:
     def _wrong_numbers(self, candidate: PlanCandidate, verdict: Verdict) -> _RejectedError:
         """What a failed comparison comes to where the device was not named."""
         backend, device = candidate.backend, candidate.device
-        cure = "Update its runtime, name another precision"
         if not _is_cpu(candidate):
             # On a CPU it says nothing of other models: there it is how coarsely this one's
             # activations are rounded that makes the difference, and not a fault of the device.
-            cure = "Update its driver or runtime"
-            place = self._place(candidate)
+            place = _place_of(candidate, self._machine)
             quarantine.add(
                 backend=backend,
                 device=listed_as(self._machine, backend, device).device,
@@ -272,23 +270,12 @@ class PlanLoader:
                 driver=place.driver,
                 reason=verdict.reason,
             )
-        fix = f'{cure}, or pass device="{device}" to use it all the same.'
+        row = _rejected(candidate, verdict)
         error = BackendRuntimeError(
             f"Backend {backend!r} computes wrong numbers on device {device!r}: "
-            f"{verdict.reason.rstrip('.')}. {fix}"
+            f"{verdict.reason.rstrip('.')}. {row.fix}"
         )
-        return _RejectedError("answer", f"wrong numbers: {verdict.reason}", error, fix=fix)
-
-    def _place(self, candidate: PlanCandidate) -> Place:
-        offer = listed_as(self._machine, candidate.backend, candidate.device)
-        record = self._machine.backend(candidate.backend)
-        return Place(
-            backend=candidate.backend,
-            device=candidate.device,
-            version=offer.version or (record.version if record else None),
-            driver=offer.hardware.driver if offer.hardware else None,
-            hardware=hardware_id(self._machine),
-        )
+        return _RejectedError("answer", row.reason, error, fix=row.fix)
 
     def _reference(
         self, candidate: PlanCandidate, folder: ModelFolder, plan: Plan
@@ -325,6 +312,59 @@ class PlanLoader:
         return trial_error(row.backend, row.device, outcome=outcome, reason=row.reason, fix=row.fix)
 
 
+def without_wrong(plan: Plan, machine: Machine) -> Plan:
+    """A plan without what computed wrong numbers in an earlier load, which passes it over, too.
+
+    Args:
+        plan: The plan.
+        machine: The record that it was made of.
+    """
+    if plan.device != "auto":
+        return plan
+    for row in plan.candidates:
+        if row.status != "rejected" and row.artifact is not None:
+            wrong = _known_wrong(row.artifact.id, row, machine)
+            if wrong is not None:
+                # As it is in the plan by now, where others that went first may be out.
+                now = next(each for each in plan.candidates if _way(each) == _way(row))
+                plan = plan.without(now, _rejected(now, wrong))
+    return plan
+
+
+def _way(row: PlanCandidate) -> tuple[str, str, PlannedArtifact | None]:
+    return row.backend, row.device, row.artifact
+
+
+def _known_wrong(
+    artifact: str | None, candidate: PlanCandidate, machine: Machine
+) -> Verdict | None:
+    """The verdict of an earlier load that found wrong numbers."""
+    if artifact is None:
+        return None
+    known = known_verdict(artifact, _place_of(candidate, machine))
+    return known if known is not None and known.status == "failed" else None
+
+
+def _rejected(candidate: PlanCandidate, verdict: Verdict) -> PlanCandidate:
+    cure = "Update its driver or runtime"
+    if _is_cpu(candidate):
+        cure = "Update its runtime, name another precision"
+    fix = f'{cure}, or pass device="{candidate.device}" to use it all the same.'
+    return candidate.rejected("answer", f"wrong numbers: {verdict.reason}", fix)
+
+
+def _place_of(candidate: PlanCandidate, machine: Machine) -> Place:
+    offer = listed_as(machine, candidate.backend, candidate.device)
+    record = machine.backend(candidate.backend)
+    return Place(
+        backend=candidate.backend,
+        device=candidate.device,
+        version=offer.version or (record.version if record else None),
+        driver=offer.hardware.driver if offer.hardware else None,
+        hardware=hardware_id(machine),
+    )
+
+
 class _RejectedError(Exception):
     """A candidate is out, and the next one's turn comes."""
 
@@ -353,8 +393,13 @@ def _as_found(artifact: PlannedArtifact | None, folder: ModelFolder) -> PlannedA
         state="here",
         path=found.path,
         bytes=weights_bytes(folder),
-        id=artifact_id(found.weights_id, found.format, found.precision),
+        id=_id_of(folder),
     )
+
+
+def _id_of(folder: ModelFolder) -> str:
+    found = folder.artifact
+    return artifact_id(found.weights_id, found.format, found.precision)
 
 
 def _warn(message: str) -> str:

@@ -16,7 +16,7 @@ from phirt.dispatch.canary import Verdict
 from phirt.dispatch.measurements import Setting
 from phirt.dispatch.plan import MemoryNeed, PlanRequest, Speed
 from phirt.dispatch.planner import make_plan
-from phirt.dispatch.select import PlanLoader
+from phirt.dispatch.select import PlanLoader, without_wrong
 from phirt.errors import (
     BackendBrokenError,
     BackendError,
@@ -316,6 +316,25 @@ class TestAnswer:
         assert bench.load().backend == "second"
         assert first.seen == []
         assert bench.load(device=device, backend="first").backend == "first"
+
+    def test_a_plan_tells_what_a_load_will_pass_over(self, monkeypatch):
+        here = machine(record("first", "cpu"), record("second", "cpu"))
+        artifact = replace(ONNX, id="a")
+        known = {("a", "first"): self.WRONG}
+        monkeypatch.setattr(
+            select, "known_verdict", lambda artifact, place: known.get((artifact, place.backend))
+        )
+
+        def chosen(device):
+            request = PlanRequest(model="a-model", device=device)
+            plan = without_wrong(make_plan(here, [artifact], request, formats=ANY), here)
+            assert plan.chosen is not None
+            return plan.chosen.backend, [row.stage for row in plan.candidates if row.stage]
+
+        assert chosen("auto") == ("second", ["answer"])
+        assert chosen("cpu") == ("first", [])
+        known.clear()
+        assert chosen("auto") == ("first", [])
 
     def test_what_nobody_can_compare_is_used_and_noted(self, bench, answers):
         bench.register(first=FakeBackend(devices=("cuda",)))
