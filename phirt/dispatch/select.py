@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -22,6 +23,7 @@ from phirt.dispatch.measurements import artifact_id
 from phirt.dispatch.needs import memory_need
 from phirt.dispatch.plan import Plan, PlanCandidate, PlannedArtifact, Stage
 from phirt.dispatch.planner import listed_as
+from phirt.dispatch.proof import check_placement, foreign_errors
 from phirt.dispatch.ranking import Tier, tier_of
 from phirt.dispatch.refusal import no_candidate, trial_error
 from phirt.dispatch.registry import get_backend
@@ -182,7 +184,8 @@ class PlanLoader:
         try:
             backend = get_backend(candidate.backend)
             folder = self._find_folder(candidate)
-            verdict = backend.accepts(folder.artifact, candidate.device)
+            with self._foreign_errors(candidate):
+                verdict = backend.accepts(folder.artifact, candidate.device)
             if isinstance(verdict, Reject):
                 raise _RejectedError("model", verdict.reason.rstrip("."), None, fix=verdict.fix)
             if candidate.memory is None:
@@ -191,9 +194,23 @@ class PlanLoader:
             if wrong is not None and plan.device == "auto":
                 raise self._wrong_numbers(candidate, wrong)  # before the weights are read
             options = self._options_for(candidate)
-            return folder, backend.load(folder.artifact, candidate.device, options)
+            with self._foreign_errors(candidate):
+                loaded = backend.load(folder.artifact, candidate.device, options)
+                try:
+                    check_placement(loaded, backend=candidate.backend, device=candidate.device)
+                except BaseException:
+                    loaded.close()
+                    raise
         except _FAILURES as error:
             raise _RejectedError("load", str(error), error) from error
+        return folder, loaded
+
+    def _foreign_errors(self, candidate: PlanCandidate) -> AbstractContextManager[None]:
+        return foreign_errors(
+            backend=candidate.backend,
+            device=candidate.device,
+            settings=bool(self._options.extra),
+        )
 
     def _check_fit(self, candidate: PlanCandidate, folder: ModelFolder, plan: Plan) -> None:
         """As the plan did for what was on this disk; this was fetched meanwhile."""
@@ -236,12 +253,13 @@ class PlanLoader:
     ) -> str:
         """Hold the loaded model's numbers against its weights'; what there is to say of them."""
         try:
-            verdict = check_loaded(
-                loaded,
-                folder,
-                _place_of(candidate, self._machine),
-                reference=lambda: self._reference(candidate, folder, plan),
-            )
+            with self._foreign_errors(candidate):
+                verdict = check_loaded(
+                    loaded,
+                    folder,
+                    _place_of(candidate, self._machine),
+                    reference=lambda: self._reference(candidate, folder, plan),
+                )
         except _FAILURES as failure:
             raise _RejectedError("answer", str(failure), failure) from failure
         if verdict.status == "passed":
@@ -289,9 +307,10 @@ class PlanLoader:
                 if self._try_first(row.backend, row.device).outcome not in _PASSED:
                     continue
                 backend = get_backend(row.backend)
-                if isinstance(backend.accepts(folder.artifact, row.device), Reject):
-                    continue
-                return backend.load(folder.artifact, row.device, LoadOptions())
+                with self._foreign_errors(row):
+                    if isinstance(backend.accepts(folder.artifact, row.device), Reject):
+                        continue
+                    return backend.load(folder.artifact, row.device, LoadOptions())
             except _FAILURES as error:
                 _logger.info("No reference: %s: %s", row.described, error)
         return None
