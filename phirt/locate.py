@@ -147,9 +147,10 @@ def pull(
 ) -> Path:
     """Fetch a model and convert it if need be, so that loading it needs no network.
 
-    The form of the model is that which fits the first backend and device that `phirt.load`
-    would try. What is in the store already is kept at the commit that it was fetched at;
-    where its files were changed since, they are fetched again.
+    The form of the model is that which fits the first backend and device in the order of the
+    backends (docs/dispatch.md); `phirt.load` prefers what is here. What is in the store already
+    is kept at the commit that it was fetched at; where its files were changed since, they are
+    fetched again.
 
     Args:
         name: A name, as for `phirt.load`; None is the small default model.

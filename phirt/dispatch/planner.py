@@ -210,7 +210,7 @@ class _Judge:
         """The rows of one device, one an artifact."""
         name, device = record.backend, device or offer.device
         tier, doubt = tier_of(offer, self.machine), ""
-        if tier is Tier.BY_NAME and self.device.kind == "auto" and self.request.backend == "auto":
+        if tier is Tier.BY_NAME and self.device.kind == "auto":
             reason = "it is used by name only: there the runtime chooses"
             yield _out("request", name, device, reason)
             return

@@ -107,6 +107,10 @@ class TestOrderWithoutMeasurements:
         assert order(plan_of(offers)) == ["openvino on cpu"]
         assert order(plan_of(offers, device="openvino-auto")) == ["openvino on openvino-auto"]
 
+    def test_nor_does_it_where_its_backend_alone_is_named(self):
+        plan = plan_of(record("openvino", "cpu", "openvino-auto"), backend="openvino")
+        assert order(plan) == ["openvino on cpu"]
+
     def test_the_reference_is_used_by_name_only(self):
         reference = record("reference", "cpu")
         assert order(plan_of(reference)) == []
