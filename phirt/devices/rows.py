@@ -128,7 +128,11 @@ def _judge(machine: Machine, record: BackendRecord, offer: Availability) -> _Jud
         return "broken", reason, _RELEASE
     trial = record.trial(offer.device)
     if trial is None:
-        return ("ready" if offer.status == "ran" else "unverified"), offer.reason, offer.fix
+        # What an adapter says of what it found is a list of names and versions.
+        found = offer.reason.rstrip(".").removesuffix(": not tried")
+        if offer.status == "ran":
+            return "ready", f"It ran something there: {found}.", offer.fix
+        return "unverified", f"It sees the device, and nothing was run there: {found}.", offer.fix
     return _OF_TRIAL.get(trial.outcome, "broken"), trial.reason, trial.fix
 
 

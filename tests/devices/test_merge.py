@@ -227,6 +227,20 @@ class TestCpu:
 
 class TestStatus:
     @pytest.mark.parametrize(
+        ("status", "said", "shown"),
+        [
+            ("found", "fake 1: not tried", ("unverified", "nothing was run there: fake 1.")),
+            ("found", "fake 1", ("unverified", "nothing was run there: fake 1.")),
+            ("ran", "fake 1", ("ready", "It ran something there: fake 1.")),
+        ],
+    )
+    def test_without_one_it_is_a_sentence_what_the_runtime_said(self, status, said, shown):
+        record = listed("fake", Availability("cpu", status, said))
+        row = row_of(devices_of(make_machine(record))[0], "fake")
+        assert row.status == shown[0]
+        assert row.reason.endswith(shown[1])
+
+    @pytest.mark.parametrize(
         ("outcome", "status"),
         [
             ("ran", "ready"),
