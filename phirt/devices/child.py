@@ -80,6 +80,7 @@ _NT_STATUS = {
     0xC000001D: "an instruction that this processor does not have",
     0xC0000094: "an arithmetic error",
     0xC00000FD: "the stack overflowed",
+    0xC000013A: "it was interrupted with Ctrl-C",
     0xC0000135: "a DLL that it needs was not found",
     0xC0000139: "a DLL lacks a function that it needs",
     0xC0000142: "a DLL failed to initialise",
