@@ -147,6 +147,11 @@ def compute_canary(
         return None
     canary = make_canary(token_ids, logits[0])
     own_kl = mean_kl(canary, logits[1]) if rounding else 0.0
+    if not math.isfinite(own_kl):
+        _logger.warning(
+            "Once the weights are rounded, the model's logits are not finite: choose a precision "
+            "with a larger range, bf16, int8 or fp32."
+        )
     return replace(canary, own_kl=own_kl if math.isfinite(own_kl) else None)
 
 

@@ -248,6 +248,16 @@ class TestConversion:
             assert compute_canary(checkpoint, TOKENS, None) is None
         assert "not finite" in caplog.text
 
+    def test_rounded_weights_whose_logits_overflow_have_no_distance(self, caplog):
+        checkpoint = random_llama()
+        with caplog.at_level(logging.WARNING):
+            canary = compute_canary(
+                checkpoint, TOKENS, lambda tensor: np.full_like(tensor.float32(), np.inf)
+            )
+        assert canary is not None
+        assert canary.own_kl is None
+        assert "rounded" in caplog.text
+
 
 def encode(text):
     return TOKENS
