@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 from phirt.devices.hardware import hardware_id
 from phirt.devices.machine import Machine, Trial
+from phirt.devices.memory import read_memory
 from phirt.devices.names import DeviceName
 from phirt.dispatch import quarantine
 from phirt.dispatch.canary import Place, Verdict, check_loaded, known_verdict
@@ -98,6 +99,7 @@ class PlanLoader:
         self._try_first = try_first
         self._refusals = refusals or {}
         self._errors: dict[PlanCandidate, Exception] = {}
+        self._is_in_use = False  # whether something was loaded, so that memory is another
 
     def load(self, plan: Plan) -> Selection:
         """Load the first candidate that proves itself.
@@ -151,6 +153,9 @@ class PlanLoader:
         """
         chosen = failed.plan.chosen
         assert chosen is not None  # noqa: S101  # what was selected
+        # The failed model still has its memory, and its users may have taken more.
+        self._machine = replace(self._machine, memory=read_memory())
+        self._is_in_use = True
         return self.load(failed.plan.without(chosen, chosen.rejected("use", reason)))
 
     def _try(self, candidate: PlanCandidate, *, is_named: bool, plan: Plan) -> str:
@@ -188,7 +193,7 @@ class PlanLoader:
                 verdict = backend.accepts(folder.artifact, candidate.device)
             if isinstance(verdict, Reject):
                 raise _RejectedError("model", verdict.reason.rstrip("."), None, fix=verdict.fix)
-            if candidate.memory is None:
+            if candidate.memory is None or self._is_in_use:
                 self._check_fit(candidate, folder, plan)
             wrong = _known_wrong(_id_of(folder), candidate, self._machine)
             if wrong is not None and plan.device == "auto":
@@ -213,7 +218,7 @@ class PlanLoader:
         )
 
     def _check_fit(self, candidate: PlanCandidate, folder: ModelFolder, plan: Plan) -> None:
-        """As the plan did for what was on this disk; this was fetched meanwhile."""
+        """As the plan did; this was fetched since, or memory was taken."""
         shape = shape_of(folder)
         need = memory_need(
             _as_found(candidate.artifact, folder),

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from phirt.devices.machine import Trial
+from phirt.devices.machine import Memory, Trial
 from phirt.dispatch import quarantine, select
 from phirt.dispatch.canary import Verdict
 from phirt.dispatch.measurements import Setting
@@ -203,6 +203,32 @@ class TestAuto:
         after = bench.loader.load_next(failed, "it died")
         assert after.backend == "second"
         assert (row_of(after, "first").stage, row_of(after, "first").reason) == ("use", "it died")
+
+    def test_what_follows_must_fit_beside_it(self, bench, monkeypatch):
+        need = MemoryNeed(weights=300, kv=100, workspace=100, context=8, free=None)
+
+        def full(*_, **__):
+            raise OutOfMemoryError("no room beside the other")
+
+        def planned(plan):
+            return replace(plan, candidates=tuple(replace(c, memory=need) for c in plan.candidates))
+
+        bench.register(first=FakeBackend(), second=FakeBackend())
+        monkeypatch.setattr(select, "read_memory", lambda: Memory(total=1000, available=400))
+        seen = []
+
+        def predicted(*_, machine, **__):
+            seen.append(machine.memory)
+            return need
+
+        monkeypatch.setattr(select, "memory_need", predicted)
+        failed = bench.load(change=planned)
+        assert seen == []
+        monkeypatch.setattr(select, "check_fit", full)
+        with pytest.raises(OutOfMemoryError, match="no room beside the other"):
+            bench.loader.load_next(failed, "it died")
+        assert [memory.free for memory in seen] == [400]
+        assert bench.adapters["second"].seen == []
 
 
 class TestTrial:
