@@ -324,17 +324,21 @@ class Forms:
                 if source is not None and wanted.layout is not None:
                     yield from self._made_of_stored(source, model, option.label, wanted)
                     return
+        found: PlannedArtifact | None = None
         for model in fitting:
             is_read = wanted.precision == "auto" and model.format in wanted.formats
             if not is_read and not is_converted(model):
-                yield from self._made_of_stored(model.path, model, option.label, wanted)
+                for made in self._made_of_stored(model.path, model, option.label, wanted):
+                    if found is None or made.state == "here":  # `locate` converts nothing else
+                        yield made
                 continue
             layout = model.format
-            found = layout and self._installed(
+            here = layout and self._installed(
                 model.key, layout, label=option.label, devices=devices_of(model)
             )
-            if found:
-                yield found
+            if here:
+                found = here
+                yield here
 
     def _made_of_stored(
         self, source: Path, model: InstalledModel, label: str, wanted: Wanted

@@ -8,7 +8,7 @@ by being there sooner.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 
@@ -138,10 +138,11 @@ def rank(
         device: The device that was asked for.
     """
     local = [way for way in ways if not _is_to_fetch(way)]
-    best = min((_distance(way) for way in local or ways), default=0.0)
+    measured = _measured_kl(ways)
+    best = min((_distance(way, measured) for way in local or ways), default=0.0)
 
     def is_worse(way: Way) -> bool:
-        return precision == "auto" and _distance(way) > best + KL_TOLERANCE
+        return precision == "auto" and _distance(way, measured) > best + KL_TOLERANCE
 
     def place(way: Way) -> tuple[bool, bool, bool, int, float]:
         speed = way.candidate.speed
@@ -195,14 +196,27 @@ def _is_to_fetch(way: Way) -> bool:
     return artifact is not None and artifact.state == "to fetch"
 
 
-def _distance(way: Way) -> float:
+def _measured_kl(ways: Sequence[Way]) -> dict[str | None, float]:
+    """The largest KL divergence that was measured of each precision of this model."""
+    found: dict[str | None, float] = {}
+    for way in ways:
+        artifact = way.candidate.artifact
+        if artifact is not None and artifact.kl is not None and artifact.precision is not None:
+            found[artifact.precision] = max(artifact.kl, found.get(artifact.precision, 0.0))
+    return found
+
+
+def _distance(way: Way, measured: Mapping[str | None, float]) -> float:
     """KL divergence from the source, as it was measured or as the precision is known to have."""
     artifact = way.candidate.artifact
     if artifact is None:
         return 0.0
     if artifact.kl is not None:
         return artifact.kl
-    return 0.0 if _is_faithful(artifact) else float("inf")
+    if not _is_faithful(artifact):
+        return float("inf")
+    # What rounds alike is no better for not being measured yet.
+    return measured.get(artifact.precision, 0.0)
 
 
 def _is_faithful(artifact: PlannedArtifact) -> bool:

@@ -206,6 +206,12 @@ class TestQuality:
         plan = plan_of(CPU, forms=(unknown, self.GOOD), measurements=self.SPEEDS)
         assert plan.candidates[0].artifact == self.GOOD
 
+    def test_what_is_still_to_be_made_is_no_better_than_what_was_made_alike(self):
+        here = replace(ONNX, kl=0.05)
+        to_convert = replace(IR, state="to convert", path=None, kl=None)
+        plan = plan_of(CPU, record("openvino", "cpu"), forms=(here, to_convert))
+        assert order(plan) == ["onnxruntime on cpu", "openvino on cpu"]
+
     def test_a_small_difference_is_none(self):
         close = replace(self.FAST, kl=0.0139)
         plan = plan_of(CPU, forms=(close, self.GOOD), measurements=self.SPEEDS)
