@@ -99,6 +99,7 @@ def load(
         ModelError: The model cannot be found, read, trusted or run.
         BackendError: The backend is unknown, missing or broken, or failed.
         DeviceError: The device is not there, or its memory does not suffice.
+        TypeError: An argument is of a wrong type.
         ValueError: A name is malformed or a setting out of range.
     """
     # Imported here: `import phirt` should stay quick.
@@ -147,24 +148,7 @@ def load(
         if time_candidates(prepared, announce=announce):
             started = time.perf_counter()
             prepared = planned()
-    located: list[Path] = []
-
-    def find_folder(candidate: PlanCandidate) -> ModelFolder:
-        nonlocal started
-        assert candidate.artifact is not None  # noqa: S101  # as that of all that are usable
-        is_here = candidate.artifact.state == "here"
-        folder = prepared.forms.obtain(
-            candidate.artifact,
-            formats=formats_of(candidate.backend),
-            device=DeviceName.parse(candidate.device).kind,
-            announce=announce,
-        )
-        if not is_here:
-            # A download or a conversion happens once, and is no part of loading.
-            started = time.perf_counter()
-        located.append(folder.artifact.path)
-        return folder
-
+    find_folder = _FolderFinder(prepared, announce, started=started)
     loader = PlanLoader(
         machine,
         find_folder,
@@ -172,14 +156,43 @@ def load(
         try_first=_try_first,
         refusals=prepared.refusals,
     )
-    with _explain_removal(located):
+    with _explain_removal(find_folder.located):
         selection = loader.load(prepared.plan)
         try:
             load_next = loader.load_next if failover else None
-            return Model(selection, started=started, load_next=load_next)
+            return Model(selection, started=find_folder.started, load_next=load_next)
         except BaseException:
             selection.loaded.close()
             raise
+
+
+class _FolderFinder:
+    """Finds or makes the folders of candidates, one load long.
+
+    Attributes:
+        started: When the load started, by `time.perf_counter`. A download or a conversion
+            happens once, and is no part of it.
+        located: The folders, in the order in which they were found.
+    """
+
+    def __init__(self, prepared: Prepared, announce: Announce | None, *, started: float) -> None:
+        self._forms = prepared.forms
+        self._announce = announce
+        self.started = started
+        self.located: list[Path] = []
+
+    def __call__(self, candidate: PlanCandidate) -> ModelFolder:
+        assert candidate.artifact is not None  # noqa: S101  # as that of all that are usable
+        folder = self._forms.obtain(
+            candidate.artifact,
+            formats=formats_of(candidate.backend),
+            device=DeviceName.parse(candidate.device).kind,
+            announce=self._announce,
+        )
+        if candidate.artifact.state != "here":
+            self.started = time.perf_counter()
+        self.located.append(folder.artifact.path)
+        return folder
 
 
 def _try_first(backend: str, device: str) -> Trial:
