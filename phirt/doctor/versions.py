@@ -23,7 +23,7 @@ _NOT_MISSED = {"openvino-telemetry"}
 # What plugins to onnxruntime ask of it in their descriptions, since a Requires-Dist would
 # bring the plain wheel in beside one for a GPU:
 #   onnxruntime-ep-openvino 1.8.1: its METADATA, "Prerequisites"
-#   onnxruntime-ep-webgpu 0.5.0: pypi.org/project/onnxruntime-ep-webgpu, "Prerequisites"
+#   onnxruntime-ep-webgpu 0.5.0: its description on the index, "Prerequisites"
 #   onnxruntime-ep-nv-tensorrt-rtx 0.5.0: nvidia.github.io/TensorRT-RTX-EP-ABI, "Requirements"
 _OF_PLUGINS = {
     "onnxruntime-ep-openvino": "onnxruntime>=1.23.0",
@@ -31,6 +31,8 @@ _OF_PLUGINS = {
     "onnxruntime-ep-nv-tensorrt-rtx-cu12": "onnxruntime>=1.24",
     "onnxruntime-ep-nv-tensorrt-rtx-cu13": "onnxruntime>=1.24",
 }
+# What extras hold to convert models with, and no runtime: it may be there for another extra.
+_CONVERTING = {"gguf", "onnx"}
 # Where several distributions hold one package, any of them does for a requirement.
 _SHARED = {"onnxruntime": "onnxruntime", "onnxruntime-genai": "onnxruntime_genai"}
 
@@ -84,8 +86,10 @@ def _needs_of_phirt(installed: Mapping[str, Distribution]) -> Iterator[_Need]:
     for extra in installed[_PHIRT].metadata.get_all("Provides-Extra") or ():
         by = f"{_PHIRT}[{extra}]"
         needs = list(_needs(installed, installed[_PHIRT], by=by, extra=extra, ours=True))
-        # The first is the runtime itself.
-        if needs and needs[0].name in installed:
+        # Builders sort them as they like, so that the runtime's place among them says nothing.
+        own = [need for need in needs if need.by == by]
+        runtime = [need for need in own if need.name not in _CONVERTING]
+        if runtime and all(need.name in installed for need in runtime):
             yield from needs
 
 

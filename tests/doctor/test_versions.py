@@ -56,6 +56,22 @@ class TestPhirt:
         assert found.found == "phirt[cpu] needs onnx>=1.20, which is not installed."
         assert found.command.endswith('pip install "onnx>=1.20"')
 
+    def test_what_extras_share_is_no_sign_of_any(self, site):
+        """Requirements are sorted by whoever built the wheel: converters may come first."""
+        site.install(
+            "phirt",
+            "1.1",
+            requires=[
+                'gguf>=0.18; extra == "cuda"',
+                'onnx>=1.20; extra == "cuda"',
+                'onnxruntime-gpu>=1.26; extra == "cuda"',
+            ],
+            extras=["cuda"],
+        )
+        site.install("gguf", "0.18")
+        site.install("onnx", "1.20")
+        assert look() == []
+
     def test_an_extra_of_an_extra(self, site):
         """mlx[cpu] is mlx and a library of its own, of exactly its version."""
         site.install("mlx", "0.32.4", requires=['mlx-cpu==0.32.4; extra == "cpu"'])
