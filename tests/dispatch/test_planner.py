@@ -61,7 +61,8 @@ class TestOrderWithoutMeasurements:
         assert order(plan) == ["onnxruntime on cpu", "openvino on cpu", "transformers on cpu"]
         assert plan.chosen is plan.candidates[0]
         assert plan.chosen.reason == (
-            "not measured: the CPU goes before what may be slower; of the backends there, onnxruntime comes first"
+            "not measured: the CPU goes before what may be slower; of the backends there, "
+            "onnxruntime comes first"
         )
 
     @pytest.mark.parametrize(
