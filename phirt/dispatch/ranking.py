@@ -141,8 +141,13 @@ def rank(
     measured = _measured_kl(ways)
     best = min((_distance(way, measured) for way in local or ways), default=0.0)
 
-    def is_worse(way: Way) -> bool:
+    def is_further(way: Way) -> bool:
         return precision == "auto" and _distance(way, measured) > best + KL_TOLERANCE
+
+    def is_worse(way: Way) -> bool:
+        # Of what is all still to be downloaded nothing was measured, and the build that was made
+        # for a backend is a fraction of the checkpoint's size: it is taken, and that is said.
+        return bool(local) and is_further(way)
 
     def place(way: Way) -> tuple[bool, bool, bool, int, float]:
         speed = way.candidate.speed
@@ -163,6 +168,11 @@ def rank(
             reasons.append("it would have to be downloaded, and the model is here in another form")
         if is_worse(way):
             reasons.append(_why_worse(way, best))
+        elif is_further(way):
+            reasons.append(
+                f"its weights are {_precision(way)}, and nobody measured what that costs: another "
+                "form that can be downloaded is closer to the source"
+            )
         note = _NOTES.get(way.tier, "it was named") if is_compared else "its device was named"
         if position == 0 and len(rivals) > 1:
             note += f"; of the backends there, {way.candidate.backend} comes first"
@@ -189,6 +199,11 @@ def _why_worse(way: Way, best: float) -> str:
         f"its weights differ from the source {distance}, those of another candidate by "
         f"{best:.3f}: it goes first only where its precision is named"
     )
+
+
+def _precision(way: Way) -> str:
+    artifact = way.candidate.artifact
+    return (artifact and artifact.precision) or "of a precision that nobody states"
 
 
 def _is_to_fetch(way: Way) -> bool:

@@ -333,6 +333,27 @@ class TestRejected:
         assert all(e.status == "usable" or "is here as" in e.reason for e in held)
 
 
+class TestWhatIsAllToBeDownloaded:
+    INT4 = replace(ONNX, state="to fetch", path=None, precision="int4", kl=None)
+    BF16 = replace(CHECKPOINT, state="to fetch", precision="bf16", backends=("transformers",))
+
+    def plan_of(self, **request):
+        forms = (self.INT4, self.BF16)
+        return plan_of(CPU, record("transformers", "cpu"), forms=forms, **request)
+
+    def test_the_build_for_the_first_backend_is_taken_and_what_it_costs_is_said(self):
+        plan = self.plan_of()
+        assert order(plan) == ["onnxruntime on cpu", "transformers on cpu"]
+        assert (
+            "its weights are int4, and nobody measured what that costs"
+            in row(plan, "onnxruntime").reason
+        )
+
+    def test_what_is_named_needs_no_excuse(self):
+        plan = self.plan_of(precision="int4")
+        assert "nobody measured" not in row(plan, "onnxruntime").reason
+
+
 class TestMemory:
     SHAPE = ModelShape(
         num_layers=32,
