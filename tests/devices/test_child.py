@@ -55,7 +55,8 @@ def test_its_arguments_come_before_the_file(program):
 
 
 def test_what_it_said_last_is_in_the_reason(program):
-    end = run_child(program("print('first', flush=True)\nraise SystemExit('no such driver')"), [], timeout_s=60)
+    source = "print('first', flush=True)\nraise SystemExit('no such driver')"
+    end = run_child(program(source), [], timeout_s=60)
     assert end.ending == "crashed"
     assert end.reason == (
         "ended with exit status 1 and without an answer. It said last: first / no such driver"
