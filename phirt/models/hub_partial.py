@@ -100,7 +100,9 @@ class PartialFile:
             try:
                 self._place.mkdir(parents=True, exist_ok=True)
                 path.touch(exist_ok=False)
-            except FileNotFoundError:  # somebody has just removed the empty folder
+            except (FileNotFoundError, FileExistsError):
+                # Somebody has just removed the empty folder: before the file was made in it, or
+                # between pathlib's attempt to make the folder and its look at what is there.
                 if attempt == _TRIES - 1:
                     raise
             else:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -168,3 +169,25 @@ def test_one_that_goes_away_after_all_is_fetched_is_fetched_again(hub, pull, sto
                     file.unlink()
 
     assert content_of(pull(progress=meanwhile)) == FILES
+
+
+@pytest.mark.parametrize("seen", [FileNotFoundError, FileExistsError])
+def test_the_empty_folder_may_go_at_any_moment(tmp_path, monkeypatch, seen):
+    """Another process that is done removes it, also in the middle of ``Path.mkdir``."""
+    place = tmp_path / "partial" / "digest"
+    make, failures = Path.mkdir, iter([seen("removed"), None])
+
+    def mkdir(path, *args, **kwargs):
+        if path == place and (error := next(failures)) is not None:
+            raise error
+        make(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    assert PartialFile(place).path.is_file()
+
+
+def test_what_is_no_folder_is_told(tmp_path):
+    place = tmp_path / "digest"
+    place.touch()
+    with pytest.raises(FileExistsError):
+        PartialFile(place)
