@@ -175,11 +175,11 @@ def test_one_that_goes_away_after_all_is_fetched_is_fetched_again(hub, pull, sto
 def test_the_empty_folder_may_go_at_any_moment(tmp_path, monkeypatch, seen):
     """Another process that is done removes it, also in the middle of ``Path.mkdir``."""
     place = tmp_path / "partial" / "digest"
-    make, failures = Path.mkdir, iter([seen("removed"), None])
+    make, failures = Path.mkdir, [seen("removed"), FileExistsError("removed again")]
 
     def mkdir(path, *args, **kwargs):
-        if path == place and (error := next(failures)) is not None:
-            raise error
+        if path == place and failures:
+            raise failures.pop(0)
         make(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "mkdir", mkdir)
