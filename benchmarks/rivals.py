@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -12,13 +13,22 @@ __all__ = ["GenaiLoop"]
 
 
 class GenaiLoop:
-    """onnxruntime-genai as it comes, on the same model folder."""
+    """onnxruntime-genai's own loop on the same model folder.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: The model folder.
+        threads: Threads within one operator; None for genai's own choice, one a physical core.
+    """
+
+    def __init__(self, folder: Path, *, threads: int | None = None) -> None:
         import onnxruntime_genai as og
 
         self._og = og
-        self._model = og.Model(os.fspath(folder))
+        config = og.Config(os.fspath(folder))
+        if threads is not None:
+            options = {"intra_op_num_threads": threads}
+            config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
+        self._model = og.Model(config)
 
     def decode_rate(self, prompt_ids: list[int], new_tokens: int) -> float:
         """Greedy decode, tokens/s: (n - 1) / (t_last - t_first)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import cast
 
@@ -66,6 +67,22 @@ def test_against_onnxruntime_genai(benchmark, model: phirt.Model, prompt_ids, kl
     report(benchmark, model, "onnxruntime-genai's own loop", result, kl)
     if benchmark.enabled:
         assert result.ratio >= 1.3
+
+
+def test_against_onnxruntime_genai_with_as_many_threads(benchmark, model, prompt_ids, kl):
+    """What is left of that where both compute with a thread a logical processor."""
+    threads = os.cpu_count() or 1
+
+    def load_ours() -> Callable[[], float]:
+        loaded = phirt.load(model.path, threads=threads)
+        return lambda: our_rate(loaded, prompt_ids)
+
+    def load_theirs() -> Callable[[], float]:
+        rival = GenaiLoop(model.path, threads=threads)
+        return lambda: rival.decode_rate(prompt_ids, NEW_TOKENS)
+
+    result = alternate(benchmark, Reloaded(load_ours), Reloaded(load_theirs))
+    report(benchmark, model, f"onnxruntime-genai's own loop, {threads} threads", result, kl)
 
 
 def test_against_a_bare_loop(benchmark, model: phirt.Model, prompt_ids, kl):
