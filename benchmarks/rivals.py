@@ -17,7 +17,8 @@ class GenaiLoop:
 
     Args:
         folder: The model folder.
-        threads: Threads within one operator; None for genai's own choice, one a physical core.
+        threads: Threads within one operator; None for genai's own choice, half of the
+            logical processors.
     """
 
     def __init__(self, folder: Path, *, threads: int | None = None) -> None:
