@@ -9,6 +9,9 @@ right. Hence ``tokens_per_run``, and no phi3, whose long sessions begin with a w
 
 from __future__ import annotations
 
+import gc
+import weakref
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +50,20 @@ class TestWebGpu(BackendConformance):
             assert np.array_equal(top.ids[0], np.argsort(-logits.numpy()[0], kind="stable")[:3])
         on = operators_on(subject.model, "selection")
         assert set(on[_PROVIDER]) == {"TopK", "ReduceLogSumExp"}
+
+    def test_a_model_goes_without_the_collector(self, subject: Subject) -> None:
+        # Which would free sessions and tensors of the device in any order.
+        model = self.backend().load(subject.artifact, self.device, self.options)
+        with closing(model.new_session(max_length=8, expected_length=8)) as session:
+            session.prefill([1, 2, 3]).numpy()
+        model.close()
+        gone = weakref.ref(model)
+        gc.disable()
+        try:
+            del model, session
+            assert gone() is None
+        finally:
+            gc.enable()
 
     def test_the_cache_lies_there(self, subject: Subject) -> None:
         folder = read_folder(subject.artifact.path, formats=subject.backend.formats)

@@ -9,6 +9,7 @@ a new, longer cache, which is the next step's past.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -136,9 +137,8 @@ class OrtModel(BaseModel):
         self.ort = ort
         self.tokens_per_run = settings.tokens_per_run
         self._provider = provider
-        self._settings = settings
-        self._path = path
         open_libraries(ort, provider)
+        self._open = _Opener(ort, provider, settings, path)
         self.inference: Any = self._open(os.fspath(path))
         check_opened(ort, self.inference, provider, device)
         self._placement = read_placement(self.inference, provider, device)
@@ -207,19 +207,6 @@ class OrtModel(BaseModel):
         self.inference = None
         self.__dict__.pop("selection", None)
 
-    def _open(self, model: str | bytes) -> Any:
-        """Open a graph, a file's or a serialized one, on the model's provider."""
-        options = session_options(self.ort, self._settings)
-        providers = add_to(self.ort, self._provider, options, self._settings.provider_options)
-        try:
-            session = self.ort.InferenceSession(
-                model, sess_options=options, providers=providers, enable_fallback=0
-            )
-        except Exception as error:
-            raise translate_load(error, self._path) from error
-        session.disable_fallback()
-        return session
-
     def _capabilities(self) -> Capabilities:
         lacks = {}
         if not self.graph.can_verify:
@@ -238,6 +225,32 @@ class OrtModel(BaseModel):
             lacks["topk"] = Lack("never", "the logits are in host memory already")
         missing = {name: name not in lacks for name in ("verify", "batch", "topk")}
         return Capabilities(truncate=True, interrupt=True, kv=True, lacks=lacks, **missing)
+
+
+@dataclass(frozen=True, slots=True)
+class _Opener:
+    """Opens a graph, a file's or a serialized one, on a model's provider.
+
+    It knows nothing of the model: the memory that holds it would keep the model in a cycle, and
+    the collector frees sessions of a device in any order.
+    """
+
+    ort: Any
+    provider: Provider
+    settings: Settings
+    path: Path
+
+    def __call__(self, model: str | bytes) -> Any:
+        options = session_options(self.ort, self.settings)
+        providers = add_to(self.ort, self.provider, options, self.settings.provider_options)
+        try:
+            session = self.ort.InferenceSession(
+                model, sess_options=options, providers=providers, enable_fallback=0
+            )
+        except Exception as error:
+            raise translate_load(error, self.path) from error
+        session.disable_fallback()
+        return session
 
 
 def _graph_path(folder: ModelFolder) -> Path:
