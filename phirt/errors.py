@@ -18,6 +18,10 @@ The tree, with a second base in parentheses where there is one::
     │   ├── UnsafeModelError
     │   ├── UnsupportedModelError
     │   └── StoreError
+    ├── BuildError
+    │   ├── EngineNotInstalledError (ImportError)
+    │   ├── EngineFailedError
+    │   └── QualityCheckError
     └── GenerationError
         ├── ContextLengthError
         ├── UnsupportedParameterError
@@ -36,10 +40,13 @@ __all__ = [
     "BackendError",
     "BackendNotInstalledError",
     "BackendRuntimeError",
+    "BuildError",
     "ContextLengthError",
     "DeviceError",
     "DeviceNotAvailableError",
     "DevicePlacementError",
+    "EngineFailedError",
+    "EngineNotInstalledError",
     "GenerationError",
     "ModelError",
     "ModelFormatError",
@@ -47,6 +54,7 @@ __all__ = [
     "NonFiniteLogitsError",
     "OutOfMemoryError",
     "PhirtError",
+    "QualityCheckError",
     "SessionClosedError",
     "StoreError",
     "UnknownBackendError",
@@ -118,6 +126,38 @@ class UnsupportedModelError(ModelError):
 
 class StoreError(ModelError):
     """The store of models cannot be written: its disk is full, or it is not permitted."""
+
+
+class BuildError(PhirtError):
+    """A model cannot be built as it was asked for."""
+
+
+class EngineNotInstalledError(BuildError, ImportError):
+    """No environment has what the engine is made of; the message says how to prepare one."""
+
+
+class EngineFailedError(BuildError):
+    """The engine, or what prepares its environment, ended without a result.
+
+    Attributes:
+        log: The last of what it wrote, at most some ten thousand characters.
+    """
+
+    def __init__(self, message: str, *, log: str = "") -> None:
+        super().__init__(message)
+        self.log = log
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # As `ContextLengthError` does, for the same reason.
+        return (_engine_failed_error, (str(self), self.log))
+
+
+def _engine_failed_error(message: str, log: str) -> EngineFailedError:
+    return EngineFailedError(message, log=log)
+
+
+class QualityCheckError(BuildError):
+    """What was built differs from its source by more than was allowed."""
 
 
 class GenerationError(PhirtError):
