@@ -57,16 +57,17 @@ class Progress:
     """How far a long operation (a download, a conversion, a load) has come.
 
     Attributes:
-        stage: What is being done, in a word or two: ``"download"``, ``"convert"``.
+        stage: What is being done, in a word or two: ``"download"``, ``"convert"``,
+            ``"compare"``.
         completed: Units done so far.
         total: Units in all, or None where it is not known.
-        unit: ``"bytes"`` or ``"tensors"``.
+        unit: ``"bytes"``, ``"tensors"``, ``"layers"`` or ``"packages"``.
     """
 
     stage: str
     completed: int
     total: int | None
-    unit: Literal["bytes", "tensors"]
+    unit: Literal["bytes", "tensors", "layers", "packages"]
 
 
 ProgressCallback: TypeAlias = Callable[[Progress], None]

@@ -10,16 +10,16 @@ from types import MappingProxyType
 
 from phirt._version import __version__
 from phirt.build.canary import canary_beside, rounding_of
-from phirt.build.checkpoint import Checkpoint, CheckpointTensor
+from phirt.build.checkpoint import Checkpoint
 from phirt.build.documents import genai_document, write_json
 from phirt.build.precision import LOSSLESS, Precision, check_precision
 from phirt.build.sources import Source, open_source
 from phirt.build.version import CONVERTER_VERSION
+from phirt.build.watched_checkpoint import WatchedCheckpoint
 from phirt.models.canary import write_canary
-from phirt.models.decoder_config import DecoderConfig
 from phirt.models.genai_config import GENAI_CONFIG_NAME
 from phirt.models.manifest import write_manifest
-from phirt.types import Progress, ProgressCallback
+from phirt.types import ProgressCallback
 
 __all__ = ["choose_precision", "convert", "estimate_bytes"]
 
@@ -107,7 +107,7 @@ def convert(
     if any(out_dir.iterdir()):
         raise FileExistsError(f"The folder {out_dir} is not empty; an artifact needs its own.")
     with open_source(source, source_id=source_id) as opened:
-        watched = _WatchedCheckpoint(opened.checkpoint, progress)
+        watched = WatchedCheckpoint(opened.checkpoint, progress)
         rounding = rounding_of(layout, chosen)
         with canary_beside(opened.checkpoint, opened.encode, rounding) as wait_for_canary:
             packages = _WRITERS[layout](opened, watched, out_dir, chosen)
@@ -178,26 +178,3 @@ _WRITERS: Mapping[str, _Writer] = MappingProxyType(
         "safetensors": _write_safetensors,
     }
 )
-
-
-class _WatchedCheckpoint:
-    """A checkpoint that reports every tensor that is taken from it (a `Checkpoint`)."""
-
-    def __init__(self, checkpoint: Checkpoint, progress: ProgressCallback | None) -> None:
-        self._checkpoint = checkpoint
-        self._progress = progress
-        self._names = list(checkpoint.names())
-        self._taken: set[str] = set()
-
-    @property
-    def config(self) -> DecoderConfig:
-        return self._checkpoint.config
-
-    def names(self) -> list[str]:
-        return self._names
-
-    def tensor(self, name: str) -> CheckpointTensor:
-        self._taken.add(name)
-        if self._progress is not None:
-            self._progress(Progress("convert", len(self._taken), len(self._names), "tensors"))
-        return self._checkpoint.tensor(name)

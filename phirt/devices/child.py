@@ -28,6 +28,7 @@ __all__ = [
     "Ending",
     "describe_exit",
     "end_with_parent",
+    "kill_family",
     "run_child",
 ]
 
@@ -203,6 +204,23 @@ def describe_exit(code: int, *, windows: bool) -> str:
     return f"ended with exit status {code} and without an answer"
 
 
+def kill_family(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all that it started, and wait for it a moment."""
+    import psutil
+
+    family: list[psutil.Process] = []
+    with contextlib.suppress(psutil.Error):
+        parent = psutil.Process(process.pid)
+        family = [*parent.children(recursive=True), parent]
+    for member in family:
+        with contextlib.suppress(psutil.Error):
+            member.kill()
+    process.kill()
+    # One that hangs inside the system, as in a driver, does not even die.
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(_DYING_S)
+
+
 def _obstacle() -> str | None:
     """Why no child can be started, or None."""
     if CHILD in os.environ:
@@ -261,7 +279,7 @@ def _run(
         return _wait(process, timeout_s, stop)
     finally:
         if process.returncode is None:  # late, or the wait was interrupted
-            _kill(process)
+            kill_family(process)
 
 
 def _wait(
@@ -272,22 +290,6 @@ def _wait(
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(min(left, _STEP_S))
     return None
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    import psutil
-
-    family: list[psutil.Process] = []
-    with contextlib.suppress(psutil.Error):
-        parent = psutil.Process(process.pid)
-        family = [*parent.children(recursive=True), parent]
-    for member in family:
-        with contextlib.suppress(psutil.Error):
-            member.kill()
-    process.kill()
-    # One that hangs inside the system, as in a driver, does not even die.
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(_DYING_S)
 
 
 def _tail(output: Path) -> str:
