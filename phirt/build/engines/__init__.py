@@ -1,0 +1,1 @@
+"""Builders that others wrote, each run in a Python of its own."""
