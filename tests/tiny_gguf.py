@@ -6,6 +6,7 @@ converter would have written them, so that any reader of GGUF takes the file.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -42,7 +43,7 @@ _SCALES = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
 def write_tiny_llama_gguf(
     path: Path,
     *,
-    architecture: Literal["llama", "qwen2", "qwen3"] = "llama",
+    architecture: Literal["llama", "qwen2", "qwen3", "phi3", "gemma3"] = "llama",
     encoding: str = "F32",
     seed: int = 0,
     layers: int = 2,
@@ -63,7 +64,9 @@ def write_tiny_llama_gguf(
 
     Args:
         path: The file to write.
-        architecture: ``general.architecture``.
+        architecture: ``general.architecture``. phi3 has LongRoPE, the long factors for the
+            second half of its context; gemma3 a window of an eighth of it, in every layer but
+            each sixth.
         encoding: Encoding of the matrices; norms are F32. K-quants need rows of 256, and one
             layer to stay under a megabyte.
         seed: Seed of the weights.
@@ -94,6 +97,10 @@ def write_tiny_llama_gguf(
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(vocab)
+    if architecture == "phi3":
+        _add_longrope(writer, pairs=hidden // heads // 2, context_length=context_length)
+    if architecture == "gemma3":
+        writer.add_sliding_window(context_length // 8)
     if tokenizer == "gpt2":
         _add_byte_level(writer, vocab, pre)
     else:
@@ -144,26 +151,35 @@ class _Weights:
         for index in range(layers):
             block = f"blk.{index}"
             self._norm(f"{block}.attn_norm", hidden)
-            self._matrix(f"{block}.attn_q", hidden, hidden)
-            self._matrix(f"{block}.attn_k", keys, hidden)
-            self._matrix(f"{block}.attn_v", keys, hidden)
+            if self._architecture == "phi3":
+                self._matrix(f"{block}.attn_qkv", hidden + 2 * keys, hidden)
+            else:
+                self._matrix(f"{block}.attn_q", hidden, hidden)
+                self._matrix(f"{block}.attn_k", keys, hidden)
+                self._matrix(f"{block}.attn_v", keys, hidden)
             self._add_extras(block, {"q": hidden, "k": keys, "v": keys}, head=head)
             self._matrix(f"{block}.attn_output", hidden, hidden)
             self._norm(f"{block}.ffn_norm", hidden)
-            self._matrix(f"{block}.ffn_gate", intermediate, hidden)
-            self._matrix(f"{block}.ffn_up", intermediate, hidden)
+            if self._architecture == "phi3":
+                self._matrix(f"{block}.ffn_up", 2 * intermediate, hidden)
+            else:
+                self._matrix(f"{block}.ffn_gate", intermediate, hidden)
+                self._matrix(f"{block}.ffn_up", intermediate, hidden)
             self._matrix(f"{block}.ffn_down", hidden, intermediate)
+            if self._architecture == "gemma3":
+                self._norm(f"{block}.post_attention_norm", hidden)
+                self._norm(f"{block}.post_ffw_norm", hidden)
         self._norm("output_norm", hidden)
         if not tied:
             self._matrix("output", vocab, hidden)
 
     def _add_extras(self, block: str, rows: Mapping[str, int], *, head: int) -> None:
-        """What Qwen has and Llama has not."""
+        """What Qwen or Gemma has and Llama has not."""
         if self._architecture == "qwen2":
             for part, count in rows.items():
                 bias = 0.1 * self._random.standard_normal(count)
                 self._writer.add_tensor(f"{block}.attn_{part}.bias", bias.astype(np.float32))
-        if self._architecture == "qwen3":
+        if self._architecture in {"qwen3", "gemma3"}:
             self._norm(f"{block}.attn_q_norm", head)
             self._norm(f"{block}.attn_k_norm", head)
 
@@ -189,6 +205,17 @@ class _Weights:
             scales = self._random.uniform(1e-4, 3e-4, blocks.shape[:2]).astype("<f2")
             blocks[:, :, offset : offset + 2] = scales[..., None].view(np.uint8)
         return blocks.reshape(rows, -1)
+
+
+def _add_longrope(writer: GGUFWriter, *, pairs: int, context_length: int) -> None:
+    writer.add_sliding_window(0)
+    writer.add_rope_scaling_orig_ctx_len(context_length // 2)
+    # As llama.cpp's converter computes it: the long factors begin at half of the context.
+    factor = math.sqrt(1 + math.log(2) / math.log(context_length // 2))
+    writer.add_rope_scaling_attn_factors(factor)
+    for name, last in (("long", 6.0), ("short", 1.5)):
+        divisors = np.linspace(1, last, pairs, dtype=np.float32)
+        writer.add_tensor(f"rope_factors_{name}.weight", divisors)
 
 
 def _override(writer: GGUFWriter, metadata: Mapping[str, int | float | bool | str | None]) -> None:

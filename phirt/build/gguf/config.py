@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from math import isfinite
-from typing import NoReturn
-
 import numpy as np
 from gguf.constants import TokenType
 
+from phirt.build.gguf.fields import MAX_CONTEXT, MAX_WIDTH, ArchitectureFields
 from phirt.build.gguf.file import GgufFile
-from phirt.build.gguf.header import ArraySpan
+from phirt.build.gguf.rotary import read_local_rotary, read_rotary
 from phirt.errors import ModelFormatError, UnsupportedModelError
 from phirt.models.decoder_config import DecoderConfig
-from phirt.models.rotary import Rotary
-from phirt.types import FloatArray
 
-__all__ = ["ROPE_FACTORS", "read_config"]
+__all__ = ["read_config"]
 
-_ARCHITECTURES = ("llama", "qwen2", "qwen3")
-"""What ``general.architecture`` may be. Llama 2 and 3, Mistral and SmolLM2 are all "llama"; Qwen
-2.5 is "qwen2"."""
+# What general.architecture may be, and what Hugging Face calls it. Llama 2 and 3, Mistral and
+# SmolLM2 are all "llama"; Qwen 2.5 is "qwen2", Phi-3.5 and Phi-4-mini are "phi3".
+_ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "phi3": "phi3",
+    "gemma3": "gemma3_text",
+}
 
-ROPE_FACTORS = "rope_freqs.weight"
-"""The tensor in which Llama 3 files keep the divisors of their rotary frequencies."""
-
-# Budgets: several times what any published dense decoder has. A tensor's bytes bound most
-# sizes already; the context is bounded by nothing else, and rotary tables are as long as it.
-_MAX_WIDTH = 1 << 20
-_MAX_CONTEXT = 1 << 22
+# What llama.cpp takes for granted of gemma3 (src/models/gemma3.cpp): one layer in six attends
+# to everything, and the largest model, known by its layers, scales scores by its width.
+_GEMMA3_PATTERN = 6
+_GEMMA3_27B_LAYERS = 62
 
 # Texts under which llama.cpp recognizes tokens that end a generation where the metadata does
 # not name them (llama-vocab.cpp, the search for end-of-generation tokens). Only those that
@@ -67,164 +66,124 @@ def read_config(file: GgufFile, *, tokens: list[str]) -> DecoderConfig:
             f"{file.path.name}: architecture {architecture!r:.80} is not supported; "
             f"phirt converts {', '.join(_ARCHITECTURES)}."
         )
-    reader = _ConfigReader(file, architecture)
-    reader.refuse_unsupported()
-    hidden_size = reader.size("embedding_length", most=_MAX_WIDTH)
-    num_heads = reader.size("attention.head_count", most=_MAX_WIDTH)
-    num_kv_heads = reader.size("attention.head_count_kv", most=_MAX_WIDTH, default=num_heads)
-    head_size = reader.head_size(hidden_size, num_heads)
-    context_length = reader.size("context_length", most=_MAX_CONTEXT)
+    fields = ArchitectureFields(file, architecture)
+    _refuse_unsupported(fields)
+    gemma3 = architecture == "gemma3"
+    hidden_size = fields.size("embedding_length", most=MAX_WIDTH)
+    num_heads = fields.size("attention.head_count", most=MAX_WIDTH)
+    num_kv_heads = fields.size("attention.head_count_kv", most=MAX_WIDTH, default=num_heads)
+    head_size = _head_size(fields, hidden_size, num_heads)
+    context_length = fields.size("context_length", most=MAX_CONTEXT)
     if num_heads % num_kv_heads:
-        reader.fail(f"{num_heads} query heads cannot share {num_kv_heads} key and value heads")
+        fields.fail(f"{num_heads} query heads cannot share {num_kv_heads} key and value heads")
     if not tokens:
-        reader.fail("tokenizer.ggml.tokens is missing or empty")
-    num_layers = reader.size("block_count", most=len(file.header.tensors))
-    window = reader.window(context_length)
+        fields.fail("tokenizer.ggml.tokens is missing or empty")
+    num_layers = fields.size("block_count", most=len(file.header.tensors))
+    windows = _windows(fields, context_length, num_layers)
     return DecoderConfig(
-        architecture=architecture,
+        architecture=_ARCHITECTURES[architecture],
         vocab_size=len(tokens),
         hidden_size=hidden_size,
-        intermediate_size=reader.size("feed_forward_length", most=_MAX_WIDTH),
+        intermediate_size=fields.size("feed_forward_length", most=MAX_WIDTH),
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_size=head_size,
         context_length=context_length,
-        rms_norm_eps=reader.positive("attention.layer_norm_rms_epsilon"),
-        rope=Rotary(
-            theta=reader.positive("rope.freq_base", default=10000.0),
-            dim=head_size,
-            factors=reader.rope_factors(head_size),
-        ),
+        rms_norm_eps=fields.positive("attention.layer_norm_rms_epsilon"),
+        rope=read_rotary(fields, head_size=head_size, context_length=context_length),
+        local_rope=read_local_rotary(fields, head_size=head_size) if gemma3 and windows else None,
         tie_word_embeddings="output.weight" not in file.header.tensors,
-        windows=() if window is None else (window,) * num_layers,
+        windows=windows,
+        activation="gelu_tanh" if gemma3 else "silu",
         qkv_bias=architecture == "qwen2",
-        qk_norm=architecture == "qwen3",
+        qk_norm=architecture in {"qwen3", "gemma3"},
+        norm_offset=1.0 if gemma3 else 0.0,
+        sandwich_norms=gemma3,
+        embedding_scale=hidden_size**0.5 if gemma3 else 1.0,
+        attention_scale=(
+            (hidden_size // num_heads) ** -0.5
+            if gemma3 and num_layers == _GEMMA3_27B_LAYERS
+            else None
+        ),
         bos_token_id=file.token_id("bos", vocab_size=len(tokens)),
-        eos_token_ids=reader.eos_token_ids(tokens),
+        eos_token_ids=_eos_token_ids(file, tokens),
         pad_token_id=file.token_id("padding", vocab_size=len(tokens)),
     )
 
 
-class _ConfigReader:
-    """Reads the keys of one architecture and checks what they say."""
+def _refuse_unsupported(fields: ArchitectureFields) -> None:
+    """Refuse what would silently compute something else if it were overlooked."""
+    file = fields.file
+    if experts := file.integer(fields.key("expert_count")):
+        fields.refuse(f"a mixture of {experts:,} experts")
+    if file.flag(fields.key("attention.causal")) is False:
+        fields.refuse("attention that is not causal")
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if cap := file.real(fields.key(name)):
+            fields.refuse(f"{fields.key(name)} ({cap:g})")
+    if (parts := file.integer("split.count") or 1) > 1:
+        fields.refuse(f"a model split into {parts:,} files (llama-gguf-split --merge joins them)")
 
-    def __init__(self, file: GgufFile, architecture: str) -> None:
-        self._file = file
-        self._architecture = architecture
 
-    def fail(self, problem: str) -> NoReturn:
-        """Raise for a number that cannot be right."""
-        raise ModelFormatError(f"{self._file.path.name}: {problem}. Use another file.")
+def _head_size(fields: ArchitectureFields, hidden_size: int, num_heads: int) -> int:
+    """Width of one head, the same for queries, keys and values."""
+    key_length = fields.file.integer(fields.key("attention.key_length"))
+    if key_length is None and hidden_size % num_heads:
+        fields.fail(f"a width of {hidden_size:,} does not divide into {num_heads:,} heads")
+    head_size = fields.size(
+        "attention.key_length", most=MAX_WIDTH, default=hidden_size // num_heads
+    )
+    if head_size % 2:
+        fields.fail(f"heads of {head_size:,} do not divide into rotary pairs")
+    value_size = fields.size("attention.value_length", most=MAX_WIDTH, default=head_size)
+    if value_size != head_size:
+        fields.refuse(f"keys of {head_size:,} with values of {value_size:,}")
+    return head_size
 
-    def refuse(self, feature: str) -> NoReturn:
-        """Raise for a sound model that needs what phirt cannot do."""
-        raise UnsupportedModelError(f"{self._file.path.name}: {feature} is not supported.")
 
-    def refuse_unsupported(self) -> None:
-        """Refuse what would silently compute something else if it were overlooked."""
-        if experts := self._file.integer(self._key("expert_count")):
-            self.refuse(f"a mixture of {experts:,} experts")
-        if self._file.flag(self._key("attention.causal")) is False:
-            self.refuse("attention that is not causal")
-        if (parts := self._file.integer("split.count") or 1) > 1:
-            self.refuse(f"a model split into {parts:,} files (llama-gguf-split --merge joins them)")
+def _windows(
+    fields: ArchitectureFields, context_length: int, num_layers: int
+) -> tuple[int | None, ...]:
+    """The sliding window of every layer; empty where every layer attends to everything."""
+    key = fields.key("attention.sliding_window")
+    window = fields.file.integer(key)
+    if window is None and fields.architecture == "phi3":
+        # llama.cpp's converter writes it since August 2024, and 0 for none. llama.cpp itself
+        # has switched the window of phi3 off, and says that results may suffer.
+        fields.refuse(f"a phi3 without {key}, which may or may not have a window,")
+    window = window or 0
+    if window < 0:
+        fields.fail(f"{key} is {window:,}")
+    if fields.architecture == "gemma3":
+        return _gemma3_windows(fields, window, num_layers)
+    if not 0 < window < context_length:
+        return ()
+    if fields.architecture not in {"llama", "phi3"}:
+        fields.refuse(f"a window in {fields.architecture}, whose files do not say of which layers")
+    return (window,) * num_layers
 
-    def size(self, name: str, *, most: int, default: int | None = None) -> int:
-        """A positive integer of at most ``most``."""
-        key = self._key(name)
-        if isinstance(self._file.header.metadata.get(key), ArraySpan):
-            self.refuse(f"a {key} that differs between layers")
-        value = self._file.integer(key)
-        if value is None:
-            value = default
-        if value is None:
-            self.fail(f"{key} is missing")
-        if not 1 <= value <= most:
-            self.fail(f"{key} is {value:,}, and must be from 1 to {most:,}")
-        return value
 
-    def positive(self, name: str, *, default: float | None = None) -> float:
-        """A positive, finite number."""
-        key = self._key(name)
-        value = self._file.real(key)
-        if value is None:
-            value = default
-        if value is None:
-            self.fail(f"{key} is missing")
-        if not (isfinite(value) and value > 0):
-            self.fail(f"{key} is {value}, and must be positive and finite")
-        return value
+def _gemma3_windows(
+    fields: ArchitectureFields, window: int, num_layers: int
+) -> tuple[int | None, ...]:
+    # However wide: layers with a window have a rotary embedding of their own.
+    if not window:
+        return ()
+    window = fields.size("attention.sliding_window", most=MAX_CONTEXT)
+    pattern = fields.size(
+        "attention.sliding_window_pattern", most=MAX_WIDTH, default=_GEMMA3_PATTERN
+    )
+    return tuple(None if layer % pattern == 0 else window for layer in range(1, num_layers + 1))
 
-    def head_size(self, hidden_size: int, num_heads: int) -> int:
-        """Width of one head, the same for queries, keys and values, all of it rotating."""
-        if (
-            self._file.integer(self._key("attention.key_length")) is None
-            and hidden_size % num_heads
-        ):
-            self.fail(f"a width of {hidden_size:,} does not divide into {num_heads:,} heads")
-        head_size = self.size(
-            "attention.key_length", most=_MAX_WIDTH, default=hidden_size // num_heads
-        )
-        if head_size % 2:
-            self.fail(f"heads of {head_size:,} do not divide into rotary pairs")
-        value_size = self.size("attention.value_length", most=_MAX_WIDTH, default=head_size)
-        if value_size != head_size:
-            self.refuse(f"keys of {head_size:,} with values of {value_size:,}")
-        rope_dim = self.size("rope.dimension_count", most=_MAX_WIDTH, default=head_size)
-        if rope_dim != head_size:
-            self.refuse(f"rotating {rope_dim:,} of {head_size:,} dimensions of a head")
-        return head_size
 
-    def window(self, context_length: int) -> int | None:
-        """The sliding window, where it is narrower than the context."""
-        window = self._file.integer(self._key("attention.sliding_window")) or 0
-        if window < 0:
-            self.fail(f"{self._key('attention.sliding_window')} is {window:,}")
-        if not 0 < window < context_length:
-            return None
-        if self._architecture != "llama":
-            self.refuse(f"a window in {self._architecture}, whose files do not say of which layers")
-        return window
-
-    def rope_factors(self, head_size: int) -> FloatArray | None:
-        """Divisors of the rotary frequencies: Llama 3's tensor times the linear factor."""
-        scale = self._linear_scale()
-        info = self._file.header.tensors.get(ROPE_FACTORS)
-        if info is None:
-            return None if scale == 1 else np.full(head_size // 2, scale, dtype=np.float32)
-        if info.encoding != "F32" or info.shape != (head_size // 2,):
-            self.fail(
-                f"{ROPE_FACTORS} is {info.encoding} of shape {info.shape}, "
-                f"and must be F32 of ({head_size // 2},)"
-            )
-        factors = self._file.read(info.offset, info.nbytes).view("<f4") * np.float32(scale)
-        if not (np.isfinite(factors).all() and (factors > 0).all()):
-            self.fail(f"{ROPE_FACTORS} holds a divisor that is not positive and finite")
-        return np.asarray(factors, dtype=np.float32)
-
-    def _linear_scale(self) -> float:
-        # llama.cpp takes a missing type for linear, and a factor of 0 for no scaling.
-        kind = self._file.string(self._key("rope.scaling.type")) or "linear"
-        if kind == "none":
-            return 1.0
-        if kind != "linear":
-            self.refuse(f"rotary scaling of type {kind!r:.80}")
-        for name in ("rope.scaling.factor", "rope.scale_linear"):
-            if self._file.real(self._key(name)):
-                return self.positive(name)
-        return 1.0
-
-    def eos_token_ids(self, tokens: list[str]) -> tuple[int, ...]:
-        """Every id that ends a generation: those named so, and those whose text says so."""
-        roles = ("eos", "eot", "eom")
-        named = (self._file.token_id(role, vocab_size=len(tokens)) for role in roles)
-        ids = {token_id for token_id in named if token_id is not None}
-        types = self._file.numbers("tokenizer.ggml.token_type")
-        if types is not None and len(types) == len(tokens):
-            control = np.flatnonzero(types == TokenType.CONTROL)
-            ids.update(int(index) for index in control if tokens[index] in _END_TEXTS)
-        return tuple(sorted(ids))
-
-    def _key(self, name: str) -> str:
-        return f"{self._architecture}.{name}"
+def _eos_token_ids(file: GgufFile, tokens: list[str]) -> tuple[int, ...]:
+    """Every id that ends a generation: those named so, and those whose text says so."""
+    roles = ("eos", "eot", "eom")
+    named = (file.token_id(role, vocab_size=len(tokens)) for role in roles)
+    ids = {token_id for token_id in named if token_id is not None}
+    types = file.numbers("tokenizer.ggml.token_type")
+    if types is not None and len(types) == len(tokens):
+        control = np.flatnonzero(types == TokenType.CONTROL)
+        ids.update(int(index) for index in control if tokens[index] in _END_TEXTS)
+    return tuple(sorted(ids))

@@ -65,6 +65,8 @@ class GgufTensor:
         name: Its name in Hugging Face's convention.
         row_order: Which row of the file each row is, shape (rows,), or None for the same.
         span: The first of these rows that it has, and the one after its last; None for all.
+        added: What the file's converter added to every value, and is taken back here. The
+            file's encoding must be F32.
     """
 
     def __init__(
@@ -75,11 +77,13 @@ class GgufTensor:
         name: str,
         row_order: NDArray[np.intp] | None = None,
         span: tuple[int, int] | None = None,
+        added: float = 0.0,
     ) -> None:
         self._file = file
         self._info = info
         self._name = name
         self._whole_order = row_order
+        self._added = np.float32(added)
         self._start, self._stop = span or (0, prod(info.shape[:-1]))
 
     @property
@@ -105,6 +109,8 @@ class GgufTensor:
         Raises:
             ModelFormatError: A scale or a weight is NaN or infinite, or the file has shrunk.
         """
+        if self._added:
+            return self.float32().view(np.uint8).reshape(1, -1)
         first, stop, order = self._in_file()
         encoded = self._read_rows(first, stop)
         return encoded if order is None else encoded[order]
@@ -128,6 +134,8 @@ class GgufTensor:
             values[start - first : end - first] = decoded.reshape(end - start, -1)
         if order is not None:
             values = values[order]
+        if self._added:
+            values -= self._added
         return values.reshape(self.shape)
 
     def rows(self, start: int, stop: int) -> GgufTensor:
@@ -138,6 +146,7 @@ class GgufTensor:
             name=self._name,
             row_order=self._whole_order,
             span=(self._start + start, self._start + stop),
+            added=float(self._added),
         )
 
     def _in_file(self) -> tuple[int, int, NDArray[np.intp] | None]:

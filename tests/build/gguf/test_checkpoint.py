@@ -194,7 +194,7 @@ def test_a_window_of_qwen_is_refused(config: Config) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"general.architecture": "gemma3"}, "architecture 'gemma3' is not supported.*llama"),
+        ({"general.architecture": "gemma2"}, "architecture 'gemma2' is not supported.*llama"),
         ({"llama.expert_count": 8}, "a mixture of 8 experts"),
         ({"llama.attention.causal": False}, "not causal"),
         ({"split.count": 2}, "split into 2 files"),
