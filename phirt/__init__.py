@@ -56,6 +56,8 @@ from phirt.types import Progress
 if TYPE_CHECKING:
     from phirt.dispatch.plan import Plan
     from phirt.planning import plan
+    from phirt.quality.comparison import compare_quality
+    from phirt.quality.report import QualityReport
     from phirt.tuning import Tuning, TuningFailure, tune
 
 __all__ = [
@@ -87,6 +89,7 @@ __all__ = [
     "Progress",
     "PullPlan",
     "QualityCheckError",
+    "QualityReport",
     "SessionClosedError",
     "StoreError",
     "Timings",
@@ -101,6 +104,7 @@ __all__ = [
     "UnsupportedParameterError",
     "Usage",
     "__version__",
+    "compare_quality",
     "devices",
     "load",
     "plan",
@@ -111,11 +115,13 @@ __all__ = [
 # `devices` is the function here: of the package of that name, code imports modules and names,
 # `from phirt.devices.names import DeviceName`, and none goes through this attribute.
 
-# Imported when they are asked for: few programs plan or measure by themselves.
+# Imported when they are asked for: few programs plan, measure or compare by themselves.
 _LAZY = {
     "Plan": "phirt.dispatch.plan",
+    "QualityReport": "phirt.quality.report",
     "Tuning": "phirt.tuning",
     "TuningFailure": "phirt.tuning",
+    "compare_quality": "phirt.quality.comparison",
     "plan": "phirt.planning",
     "tune": "phirt.tuning",
 }

@@ -25,7 +25,7 @@ from phirt.remote import Announce
 from phirt.stream import Generation, TokenStream
 from phirt.text.chat import ChatTemplate
 from phirt.text.tokenizer import Tokenizer
-from phirt.types import ChatMessage, FloatArray, Optimize, ProgressCallback, PromptLike
+from phirt.types import Artifact, ChatMessage, FloatArray, Optimize, ProgressCallback, PromptLike
 
 if TYPE_CHECKING:
     from phirt.devices.machine import Trial
@@ -284,6 +284,16 @@ class Model:
     def placement(self) -> Placement:
         """Where its graph really runs, as the runtime tells."""
         return self._loaded.placement()
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """Its weights on their device, reduced to logits: what the decode loop drives."""
+        return self._loaded
+
+    @property
+    def artifact(self) -> Artifact:
+        """What it was loaded from: folder, format, and the identity of the weights."""
+        return self._folder.artifact
 
     @property
     def path(self) -> Path:

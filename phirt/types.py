@@ -61,13 +61,13 @@ class Progress:
             ``"compare"``.
         completed: Units done so far.
         total: Units in all, or None where it is not known.
-        unit: ``"bytes"``, ``"tensors"``, ``"layers"`` or ``"packages"``.
+        unit: ``"bytes"``, ``"tensors"``, ``"layers"``, ``"packages"`` or ``"tokens"``.
     """
 
     stage: str
     completed: int
     total: int | None
-    unit: Literal["bytes", "tensors", "layers", "packages"]
+    unit: Literal["bytes", "tensors", "layers", "packages", "tokens"]
 
 
 ProgressCallback: TypeAlias = Callable[[Progress], None]

@@ -30,9 +30,10 @@ LEVELS = [
     ["build"],
     ["dispatch"],
     ["model"],  # with the files of SAME_ROOM: one room
+    ["quality"],
     ["doctor"],
     ["phirt"],  # phirt/__init__.py, the public names
-    ["quality", "testing", "cli"],
+    ["testing", "cli"],
 ]
 SAME_ROOM = {
     "stream": "model",
@@ -53,6 +54,7 @@ HOMES = {
     "httpx2": {"models"},  # huggingface_hub's client, whose errors are told apart
     "huggingface_hub": {"models"},
     "jinja2": {"text"},
+    "matplotlib": {"quality"},
     "mlx": {"backends", "build"},
     "onnx": {"build"},
     "onnx_ir": {"build"},

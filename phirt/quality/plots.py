@@ -1,0 +1,188 @@
+"""The plots of a report, as SVG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phirt.quality.figures import HISTOGRAM_EDGES
+from phirt.quality.report import KERNEL_NAMES, KernelQuality, QualityReport
+from phirt.quality.verdict import GRADES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_plots", "figures_of_plots"]
+
+# Blue and orange of Okabe and Ito's palette, which colour-blind readers tell apart.
+_COLOURS = {"many_rows": "#0072b2", "one_row": "#e69f00"}
+_GREY = "#666666"
+_SMALLEST = 1e-8  # what 0 is drawn as on a logarithmic axis
+_WIDTH = 7.2  # inches
+# Fixed ids within the file, and no date: the same report gives the same bytes.
+_STYLE: Mapping[str, Any] = {
+    "svg.hashsalt": "phirt",
+    "font.size": 9.5,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
+
+
+def draw_plots(report: QualityReport, names: Mapping[str, str], folder: Path) -> None:
+    """Draw the plots into a folder.
+
+    Args:
+        report: What was found.
+        names: File names of ``histogram``, ``sections`` and ``spans``.
+        folder: Where to.
+    """
+    import matplotlib as mpl
+
+    # Nothing of the process's own settings, nor of its windows, is touched.
+    with mpl.rc_context(dict(_STYLE)):
+        for plot, figure in figures_of_plots(report).items():
+            figure.savefig(folder / names[plot], format="svg", metadata={"Date": None})
+
+
+def figures_of_plots(report: QualityReport) -> Mapping[str, Figure]:
+    """The three plots: ``histogram``, ``sections`` and ``spans``."""
+    return {
+        "histogram": _histogram(report),
+        "sections": _sections(report),
+        "spans": _spans(report),
+    }
+
+
+def _axes(height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _histogram(report: QualityReport) -> Figure:
+    figure, axes = _axes(3.0)
+    for kernel, quality in report.kernels.items():
+        total = sum(quality.histogram)
+        axes.stairs(
+            [100 * count / total for count in quality.histogram],
+            HISTOGRAM_EDGES,
+            color=_COLOURS[kernel],
+            fill=kernel == "many_rows",
+            alpha=0.45 if kernel == "many_rows" else 1.0,
+            linewidth=1.5,
+            label=f"{KERNEL_NAMES[kernel]} kernels ({total:,} positions)",
+        )
+    axes.set_xscale("log")
+    _mark_threshold(axes, report, vertical=True)
+    axes.set_xlabel("KL of a position, nats (0 counts as 1e-8)")
+    axes.set_ylabel("positions, %")
+    axes.set_title("How far the predictions are apart")
+    axes.legend(loc="upper left")
+    return figure
+
+
+def _sections(report: QualityReport) -> Figure:
+    names = [section.name for section in report.leading.sections]
+    figure, axes = _axes(1.3 + 0.26 * len(names))
+    for offset, (kernel, quality) in zip((-0.16, 0.16), report.kernels.items(), strict=False):
+        places, means, errors = [], [], []
+        for section in quality.sections:
+            places.append(names.index(section.name) + offset)
+            means.append(max(section.figures.kl_mean, _SMALLEST))
+            errors.append(section.figures.kl_se or 0.0)
+        axes.errorbar(
+            means,
+            places,
+            # On a logarithmic axis an error as large as the mean has no lower end.
+            xerr=[[min(e, 0.9 * m) for e, m in zip(errors, means, strict=True)], errors],
+            fmt="o" if kernel == "many_rows" else "D",
+            markersize=5 if kernel == "many_rows" else 4,
+            color=_COLOURS[kernel],
+            elinewidth=1,
+            label=f"{KERNEL_NAMES[kernel]} kernels",
+        )
+    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    _scale(axes, "x", report)
+    _mark_threshold(axes, report, vertical=True)
+    axes.set_xlabel("mean KL, nats; bars: one standard error, where a section has several spans")
+    axes.set_title("By section")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _spans(report: QualityReport) -> Figure:
+    figure, axes = _axes(3.2)
+    leading = report.leading
+    for kernel, quality in report.kernels.items():
+        axes.plot(
+            [_place(leading, span.section, span.start) for span in quality.spans],
+            [max(span.kl_mean, _SMALLEST) for span in quality.spans],
+            marker="o" if kernel == "many_rows" else "D",
+            markersize=4 if kernel == "many_rows" else 3,
+            linestyle="none",
+            color=_COLOURS[kernel],
+            label=f"{KERNEL_NAMES[kernel]} kernels",
+        )
+    edges, middles = _borders(leading)
+    for edge in edges:
+        axes.axvline(edge, color="#dddddd", linewidth=0.8, zorder=0)
+    axes.set_xticks(middles, [s.name.replace("_", " ") for s in leading.sections], rotation=60)
+    for label in axes.get_xticklabels():
+        label.set_horizontalalignment("right")
+        label.set_rotation_mode("anchor")
+    axes.tick_params(axis="x", length=0)
+    axes.set_xlim(-0.5, len(leading.spans) - 0.5)
+    _scale(axes, "y", report)
+    _mark_threshold(axes, report, vertical=False)
+    axes.set_ylabel("mean KL of a span, nats")
+    axes.set_title("Along the text")
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return figure
+
+
+def _place(leading: KernelQuality, section: str, start: int) -> int:
+    """The number of a span."""
+    return [(span.section, span.start) for span in leading.spans].index((section, start))
+
+
+def _borders(leading: KernelQuality) -> tuple[list[float], list[float]]:
+    """Where sections meet, and their middles, in numbers of spans."""
+    edges, middles, start = [], [], 0
+    for section in leading.sections:
+        end = start + section.figures.spans
+        edges.append(end - 0.5)
+        middles.append((start + end - 1) / 2)
+        start = end
+    return edges[:-1], middles
+
+
+def _scale(axes: Axes, axis: str, report: QualityReport) -> None:
+    """A logarithmic axis that holds every mean and the threshold."""
+    means = [
+        max(span.kl_mean, _SMALLEST) for each in report.kernels.values() for span in each.spans
+    ]
+    limit = report.verdict.thresholds.max_kl or _SMALLEST
+    low, high = min(*means, limit, GRADES["equal"][0]) / 2, max(*means, limit) * 2
+    if axis == "x":
+        axes.set_xscale("log")
+        axes.set_xlim(low, high)
+    else:
+        axes.set_yscale("log")
+        axes.set_ylim(low, high)
+
+
+def _mark_threshold(axes: Axes, report: QualityReport, *, vertical: bool) -> None:
+    limit = report.verdict.thresholds.max_kl
+    if limit <= 0:
+        return
+    line = axes.axvline if vertical else axes.axhline
+    line(limit, color=_GREY, linestyle="--", linewidth=1, label=f"threshold of the mean, {limit:g}")
