@@ -81,14 +81,14 @@ ENGINES: Mapping[str, Engine] = MappingProxyType(
                 "torch": ("torch",),
                 "transformers": ("transformers",),
                 "onnx": ("onnx",),
-                "onnx_ir": ("onnx_ir",),
+                "onnx_ir": ("onnx-ir",),
             },
             requirements=(
                 "onnxruntime-genai>=0.18",
                 "torch>=2.9",
                 "transformers>=5.23",
                 "onnx>=1.20",
-                "onnx_ir>=0.1",
+                "onnx-ir>=0.1",
             ),
         ),
         "mlx": Engine(
@@ -265,7 +265,11 @@ def _project(requirement: str) -> str:
             f"{requirement[:200]!r} is no requirement: name a project, as in 'torch==2.13.0' or "
             "'torch @ file:///wheels/torch.whl'."
         )
-    return re.sub(r"[-_.]+", "-", match[1]).lower()
+    return _canonical(match[1])
+
+
+def _canonical(project: str) -> str:
+    return re.sub(r"[-_.]+", "-", project).lower()
 
 
 def _engine(name: str) -> Engine:
@@ -372,7 +376,8 @@ class _Watch:
 
     def line(self, line: str) -> None:
         if line.startswith("VERSIONS "):
-            self.versions = json.loads(line.removeprefix("VERSIONS "))
+            found = json.loads(line.removeprefix("VERSIONS "))
+            self.versions = {_canonical(name): version for name, version in found.items()}
         elif line.startswith("Collecting "):
             self._collected += 1
             if self._progress is not None:

@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -277,20 +278,15 @@ def _lines(process: subprocess.Popen[bytes]) -> Generator[str, None, None]:
         ended.set()
         _end(process)
         reader.join(_DYING_S)
-        if not reader.is_alive():  # else it still reads from there
-            process.stdout.close()
 
 
 def _read(stream: BinaryIO, lines: queue.Queue[str | None], ended: threading.Event) -> None:
-    for line in _split(stream):
-        while not ended.is_set():
-            with suppress(queue.Full):
-                lines.put(line, timeout=_STEP_S)
-                break
-    while not ended.is_set():
-        with suppress(queue.Full):
-            lines.put(None, timeout=_STEP_S)
-            break
+    with stream:  # closed by who reads from it, and nobody else
+        for line in chain(_split(stream), [None]):
+            while not ended.is_set():
+                with suppress(queue.Full):
+                    lines.put(line, timeout=_STEP_S)
+                    break
 
 
 def _split(stream: BinaryIO) -> Iterator[str]:
