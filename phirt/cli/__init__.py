@@ -2,9 +2,9 @@
 
 What a user gets back: 0 when it worked; 1 for a `PhirtError` or an error of the system (a
 full disk), with its message, for a download that nobody agreed to, and where `phirt verify`
-or `phirt doctor` found a fault; 2 for wrong usage, with one line that says what is wrong; 130
-after Ctrl-C, and 141 when the reader of the output has gone, as shells count signals. The
-answer goes to stdout, all else to stderr.
+or `phirt doctor` found a fault, or `phirt quality` a candidate that does not pass; 2 for wrong
+usage, with one line that says what is wrong; 130 after Ctrl-C, and 141 when the reader of the
+output has gone, as shells count signals. The answer goes to stdout, all else to stderr.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from phirt.cli.gc import collect
 from phirt.cli.list import print_list
 from phirt.cli.plan import print_plan
 from phirt.cli.pull import pull
+from phirt.cli.quality import print_quality
 from phirt.cli.rm import remove
 from phirt.cli.run import run
 from phirt.cli.show import show
@@ -46,6 +47,7 @@ _COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
     "gc": collect,
     "devices": print_devices,
     "tune": print_tuning,
+    "quality": print_quality,
     "doctor": doctor,
 }
 

@@ -10,6 +10,7 @@ from phirt._version import __version__
 from phirt.cli.device_arguments import add_devices
 from phirt.cli.doctor_arguments import add_doctor
 from phirt.cli.plan_arguments import add_plan
+from phirt.cli.quality_arguments import add_quality
 from phirt.cli.store_arguments import add_store_commands, add_target
 from phirt.cli.tune_arguments import add_tune
 
@@ -46,6 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_devices(commands)
     add_plan(commands)
     add_tune(commands)
+    add_quality(commands)
     add_doctor(commands)
     return parser.parse_args(argv)
 

@@ -26,7 +26,7 @@ from phirt.quality.report import (
 )
 from phirt.quality.spans import Span, cut_spans, read_sections
 from phirt.quality.speed import compare_speed
-from phirt.quality.verdict import Thresholds, Verdict, judge
+from phirt.quality.verdict import Thresholds, Verdict, is_uncertain, judge
 from phirt.quality.worst import Judged, worst_positions
 from phirt.remote import Announce
 from phirt.types import Progress, ProgressCallback
@@ -320,10 +320,8 @@ def _notes(
     if any(model.loaded.info.rope_boundary is not None for model in (reference, candidate)):
         yield "LongRoPE: only the factors for short contexts were run."
     for kernel, quality in kernels.items():
-        figures = quality.figures
-        distance = abs(figures.kl_mean - verdict.thresholds.max_kl)
-        if figures.kl_se is not None and distance < 2 * figures.kl_se:
+        if is_uncertain(quality.figures, verdict.thresholds):
             yield (
-                f"The mean KL of the {KERNEL_NAMES[kernel]} kernels is within two standard "
-                "errors of the threshold: more tokens would make the verdict surer."
+                f"A figure of the {KERNEL_NAMES[kernel]} kernels is within two standard errors "
+                "of its threshold: more tokens would make the verdict surer."
             )

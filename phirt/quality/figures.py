@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phirt.quality.divergence import Rows, join_rows
 
@@ -34,6 +35,7 @@ class Figures:
             for a single span.
         kl_p99: The divergence that 1 % of the positions exceed.
         top1_agreement: Share of the positions at which both have the same most likely token.
+        top1_se: Its standard error, likewise.
     """
 
     positions: int
@@ -44,29 +46,29 @@ class Figures:
     kl_se: float | None
     kl_p99: float
     top1_agreement: float
+    top1_se: float | None
 
 
 def figures_of(spans: Sequence[Rows]) -> Figures:
     """The figures of one or more spans together.
 
-    The standard error is that of a ratio of two totals over clusters, since positions of one
+    A standard error is that of a ratio of two totals over clusters, since positions of one
     span resemble each other: ``sqrt(S / (S - 1) * sum(n_s**2 * (m_s - m)**2)) / N``, S spans of
     n_s positions with means m_s, N positions with mean m (Cochran, "Sampling Techniques", 3rd
     edition, 1977, section 2.13, less the correction for a finite population). Where spans come
     from sections that differ, it is an upper bound.
     """
     rows = join_rows(spans)
-    mean = float(rows.kl.mean())
-    agreed = rows.reference_ids == rows.candidate_ids
     return Figures(
         positions=len(rows),
         spans=len(spans),
         ppl_reference=_perplexity(float(rows.reference_losses.mean())),
         ppl=_perplexity(float(rows.candidate_losses.mean())),
-        kl_mean=mean,
-        kl_se=_standard_error(spans, mean),
+        kl_mean=float(rows.kl.mean()),
+        kl_se=_standard_error([span.kl for span in spans]),
         kl_p99=float(np.quantile(rows.kl, 0.99)),
-        top1_agreement=float(agreed.mean()),
+        top1_agreement=float(_agreement(rows).mean()),
+        top1_se=_standard_error([_agreement(span) for span in spans]),
     )
 
 
@@ -81,13 +83,19 @@ def histogram_of(spans: Sequence[Rows]) -> tuple[int, ...]:
     return tuple(map(int, counts))
 
 
-def _standard_error(spans: Sequence[Rows], mean: float) -> float | None:
+def _agreement(rows: Rows) -> NDArray[np.float64]:
+    agreed: NDArray[np.float64] = (rows.reference_ids == rows.candidate_ids).astype(np.float64)
+    return agreed
+
+
+def _standard_error(spans: Sequence[NDArray[np.float64]]) -> float | None:
     count = len(spans)
     if count < 2:
         return None
     sizes = np.array([len(span) for span in spans], np.float64)
-    means = np.array([span.kl.mean() for span in spans])
-    squares = float((sizes**2 * (means - mean) ** 2).sum())
+    mean = float(np.concatenate(spans).mean())
+    deviations = np.array([span.mean() for span in spans]) - mean
+    squares = float((sizes**2 * deviations**2).sum())
     return float(np.sqrt(count / (count - 1) * squares) / sizes.sum())
 
 

@@ -81,10 +81,11 @@ def _histogram(report: QualityReport) -> Figure:
         )
     axes.set_xscale("log")
     _mark_threshold(axes, report, vertical=True)
-    axes.set_xlabel("KL of a position, nats (0 counts as 1e-8)")
+    axes.set_xlim(*_occupied(report))
+    axes.set_xlabel(f"KL of a position, nats (0 counts as {_SMALLEST:g})")
     axes.set_ylabel("positions, %")
     axes.set_title("How far the predictions are apart")
-    axes.legend(loc="upper left")
+    _legend(figure)
     return figure
 
 
@@ -115,7 +116,7 @@ def _sections(report: QualityReport) -> Figure:
     _mark_threshold(axes, report, vertical=True)
     axes.set_xlabel("mean KL, nats; bars: one standard error, where a section has several spans")
     axes.set_title("By section")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _legend(figure)
     return figure
 
 
@@ -145,7 +146,7 @@ def _spans(report: QualityReport) -> Figure:
     _mark_threshold(axes, report, vertical=False)
     axes.set_ylabel("mean KL of a span, nats")
     axes.set_title("Along the text")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+    _legend(figure)
     return figure
 
 
@@ -172,12 +173,36 @@ def _scale(axes: Axes, axis: str, report: QualityReport) -> None:
     ]
     limit = report.verdict.thresholds.max_kl or _SMALLEST
     low, high = min(*means, limit, GRADES["equal"][0]) / 2, max(*means, limit) * 2
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     if axis == "x":
         axes.set_xscale("log")
         axes.set_xlim(low, high)
     else:
         axes.set_yscale("log")
         axes.set_ylim(low, high)
+    which = axes.xaxis if axis == "x" else axes.yaxis
+    # 0.01, 0.02, 0.05; over several decades the powers of ten alone.
+    which.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
+    which.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    which.set_minor_formatter(NullFormatter())
+
+
+def _occupied(report: QualityReport) -> tuple[float, float]:
+    """The edges between which the histograms have counts, and the threshold is."""
+    filled = [
+        number
+        for quality in report.kernels.values()
+        for number, count in enumerate(quality.histogram)
+        if count
+    ]
+    limit = report.verdict.thresholds.max_kl or _SMALLEST
+    low, high = HISTOGRAM_EDGES[min(filled)], HISTOGRAM_EDGES[max(filled) + 1]
+    return min(low, limit / 2), max(high, limit * 2)
+
+
+def _legend(figure: Figure) -> None:
+    figure.legend(loc="outside lower center", ncols=3)
 
 
 def _mark_threshold(axes: Axes, report: QualityReport, *, vertical: bool) -> None:

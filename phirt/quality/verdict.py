@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias
 
 from phirt.quality.figures import Figures
 
-__all__ = ["GRADES", "Grade", "Thresholds", "Verdict", "grade_of", "judge"]
+__all__ = ["GRADES", "Grade", "Thresholds", "Verdict", "grade_of", "is_uncertain", "judge"]
 
 Grade: TypeAlias = Literal["equal", "close", "degraded", "broken"]
 """How far a candidate is from its reference, in a word."""
@@ -28,6 +28,8 @@ GRADES: Mapping[Grade, tuple[float, float]] = {
 }
 """Of each grade the largest mean divergence, in nats, and the least top-1 agreement."""
 
+# Chance alone takes a figure so many of its standard errors too far in one case of forty.
+_ALLOWANCE = 2.0
 # A section with fewer positions says too little to fail a candidate.
 _FEWEST = 64
 
@@ -64,8 +66,8 @@ class Verdict:
 
     Attributes:
         grade: The worse of the grades of both kernels.
-        passed: Whether both kernels keep to the thresholds, and no section of the text is
-            ``broken``.
+        passed: Whether both kernels keep to the thresholds, but for two standard errors of each
+            figure, and no section of the text is ``broken``.
         reasons: What it failed by, one sentence each; empty where it passed.
         thresholds: What was asked for.
     """
@@ -77,12 +79,29 @@ class Verdict:
 
 
 def grade_of(figures: Figures) -> Grade:
-    """The best grade whose bounds figures keep to."""
+    """The best grade whose bounds figures keep to, but for two standard errors."""
     return next(
         grade
         for grade, (max_kl, min_agreement) in GRADES.items()
-        if figures.kl_mean <= max_kl and figures.top1_agreement >= min_agreement
+        if _least_kl(figures) <= max_kl and _most_agreement(figures) >= min_agreement
     )
+
+
+def is_uncertain(figures: Figures, thresholds: Thresholds) -> bool:
+    """Whether chance may have decided: a figure is within two standard errors of its bound."""
+    kl = abs(figures.kl_mean - thresholds.max_kl)
+    agreement = abs(figures.top1_agreement - thresholds.min_agreement)
+    return kl < _ALLOWANCE * (figures.kl_se or 0.0) or agreement < _ALLOWANCE * (
+        figures.top1_se or 0.0
+    )
+
+
+def _least_kl(figures: Figures) -> float:
+    return figures.kl_mean - _ALLOWANCE * (figures.kl_se or 0.0)
+
+
+def _most_agreement(figures: Figures) -> float:
+    return figures.top1_agreement + _ALLOWANCE * (figures.top1_se or 0.0)
 
 
 def judge(
@@ -109,15 +128,15 @@ def judge(
 
 
 def _failures(name: str, figures: Figures, thresholds: Thresholds) -> Iterable[str]:
-    if figures.kl_mean > thresholds.max_kl:
+    if _least_kl(figures) > thresholds.max_kl:
         yield (
             f"With the {name} kernels the mean KL is {figures.kl_mean:.3g} nats, and "
             f"{thresholds.max_kl:g} is the most."
         )
-    if figures.top1_agreement < thresholds.min_agreement:
+    if _most_agreement(figures) < thresholds.min_agreement:
         yield (
-            f"With the {name} kernels {figures.top1_agreement:.1%} of the most likely tokens "
-            f"agree, and {thresholds.min_agreement:.1%} is the least."
+            f"With the {name} kernels {100 * figures.top1_agreement:.1f} % of the most likely "
+            f"tokens agree, and {100 * thresholds.min_agreement:.1f} % is the least."
         )
 
 
@@ -126,5 +145,5 @@ def _broken_sections(name: str, sections: Mapping[str, Figures]) -> Iterable[str
         if figures.positions >= _FEWEST and grade_of(figures) == "broken":
             yield (
                 f"With the {name} kernels the section {section!r} is broken: mean KL "
-                f"{figures.kl_mean:.3g} nats, agreement {figures.top1_agreement:.1%}."
+                f"{figures.kl_mean:.3g} nats, agreement {100 * figures.top1_agreement:.1f} %."
             )
