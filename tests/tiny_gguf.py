@@ -104,7 +104,7 @@ def write_tiny_llama_gguf(
     if tokenizer == "gpt2":
         _add_byte_level(writer, vocab, pre)
     else:
-        _add_sentencepiece(writer, vocab)
+        _add_sentencepiece(writer, vocab, architecture)
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     _override(writer, metadata or {})
@@ -293,11 +293,21 @@ def _byte_symbols() -> dict[int, str]:
     }
 
 
-def _add_sentencepiece(writer: GGUFWriter, vocab: int) -> None:
+# What a chat is marked with in the families whose tokenizers are SentencePiece's.
+_TURNS = {
+    "phi3": ["<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"],
+    "gemma3": ["<start_of_turn>", "<end_of_turn>"],
+}
+
+
+def _add_sentencepiece(writer: GGUFWriter, vocab: int, architecture: str) -> None:
     tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)]
     types = [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL] + [TokenType.BYTE] * 256
     tokens.append("<think>")
     types.append(TokenType.USER_DEFINED)
+    turns = _TURNS.get(architecture, [])
+    tokens += turns
+    types += [TokenType.CONTROL] * len(turns)
     pieces: list[str] = []
     for word in WORDS:
         spelled = word.replace(" ", "\u2581")
@@ -321,3 +331,5 @@ def _add_sentencepiece(writer: GGUFWriter, vocab: int) -> None:
     writer.add_unk_token_id(0)
     writer.add_add_bos_token(True)
     writer.add_add_eos_token(False)
+    if architecture == "gemma3":
+        writer.add_add_space_prefix(False)

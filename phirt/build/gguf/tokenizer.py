@@ -15,7 +15,15 @@ from typing import NoReturn
 import numpy as np
 from gguf.constants import TokenType
 from numpy.typing import NDArray
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers.models import BPE
 
 from phirt.build.gguf.file import GgufFile
@@ -105,6 +113,9 @@ _PRE_TOKENIZERS = {
 }
 
 _MODELS = ("gpt2", "llama")
+
+# Those of Phi-3's added tokens that leave the white space after them alone.
+_KEEPS_SPACES = frozenset({"<unk>", "<s>", "<|endoftext|>"})
 
 
 def read_tokenizer(file: GgufFile, *, tokens: Sequence[str]) -> GgufTokenizer:
@@ -198,9 +209,16 @@ class _Converter:
             BPE(vocab=self._vocab, merges=merges, fuse_unk=True, byte_fallback=True, unk_token=unk)
         )
         prefix = self._file.flag("tokenizer.ggml.add_space_prefix") is not False
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
-            replacement="▁", prepend_scheme="first" if prefix else "never", split=False
-        )
+        if prefix and self._is_phi3:
+            # As in Phi-3's own tokenizer.json, and as llama.cpp does: after added tokens too,
+            # and before a space.
+            tokenizer.normalizer = normalizers.Sequence(
+                [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            )
+        else:
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(
+                replacement="▁", prepend_scheme="first" if prefix else "never", split=False
+            )
         steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
         if prefix:
             steps.append(decoders.Strip(content=" ", left=1))
@@ -233,12 +251,31 @@ class _Converter:
             self._fail(f"{len(types):,} token types for {len(self._tokens):,} tokens")
         kinds = [int(TokenType.NORMAL)] * len(self._tokens) if types is None else types.tolist()
         special = (TokenType.CONTROL, TokenType.UNKNOWN)
+        takes_spaces = self._is_phi3
         added = [
-            AddedToken(token, normalized=False, special=kind in special or token in named)
+            AddedToken(
+                token,
+                normalized=False,
+                special=kind in special or token in named,
+                rstrip=takes_spaces and token not in _KEEPS_SPACES,
+            )
             for token, kind in zip(self._tokens, kinds, strict=True)
             if token and (kind in special or kind == TokenType.USER_DEFINED or token in named)
         ]
         tokenizer.add_tokens(added)
+
+    @property
+    def _is_phi3(self) -> bool:
+        """Whether this is Phi-3's SentencePiece vocabulary.
+
+        Its added tokens take the white space that follows them: the line end after every
+        ``<|end|>`` of a chat is no token. Its files do not say so; llama.cpp knows them by the
+        model's name (llama-vocab.cpp, where it sets attributes of tokens).
+        """
+        return (
+            self._file.string("general.architecture") == "phi3"
+            and self._file.string("tokenizer.ggml.model") == "llama"
+        )
 
     def _add_post_processor(
         self, tokenizer: Tokenizer, *, bos: str | None, eos: str | None, add_bos_by_default: bool

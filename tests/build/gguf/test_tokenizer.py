@@ -223,6 +223,25 @@ class TestSentencePiece:
         assert pieces(found, "hello") == ["hello"]
         assert found.tokenizer.decode(ids(found, " hello")) == " hello"
 
+    def test_phi3_s_come_first_everywhere_and_vanish_after_its_added_tokens(
+        self, read: Read
+    ) -> None:
+        found = read(tokenizer="llama", architecture="phi3", vocab=420)
+
+        def names(text: str) -> list[str | None]:
+            return [found.tokenizer.id_to_token(i) for i in ids(found, text, special=False)]
+
+        assert names("<|user|>\nhello<|end|>\n<|assistant|>\n") == [
+            "<|user|>", "\u2581hello", "<|end|>", "<|assistant|>",
+        ]  # fmt: skip
+        assert names("<s> hello") == ["<s>", "\u2581\u2581", "hello"]
+
+    def test_gemma3_has_none(self, read: Read) -> None:
+        found = read(tokenizer="llama", architecture="gemma3", vocab=420)
+        assert pieces(found, "hello<end_of_turn> hello") == [
+            "hello", "<end_of_turn>", "\u2581hello",
+        ]  # fmt: skip
+
     def test_what_is_no_piece_falls_back_to_bytes(self, read: Read) -> None:
         found = read(tokenizer="llama", vocab=420)
         assert pieces(found, "☃")[1:] == ["<0xE2>", "<0x98>", "<0x83>"]
