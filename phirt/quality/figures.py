@@ -12,8 +12,8 @@ from phirt.quality.divergence import Rows, join_rows
 
 __all__ = ["HISTOGRAM_EDGES", "Figures", "figures_of", "histogram_of"]
 
-HISTOGRAM_EDGES: tuple[float, ...] = tuple(float(10 ** (power / 2)) for power in range(-16, 5))
-"""Edges of the bins of `histogram_of`, in nats: two a decade, from 1e-8 to 100."""
+HISTOGRAM_EDGES: tuple[float, ...] = tuple(float(10 ** (power / 4)) for power in range(-32, 9))
+"""Edges of the bins of `histogram_of`, in nats: four a decade, from 1e-8 to 100."""
 
 # Beyond it a perplexity is no number that says anything, and beyond e**709 none at all.
 _LARGEST_LOSS = 700.0

@@ -77,12 +77,12 @@ def _histogram(report: QualityReport) -> Figure:
             fill=kernel == "many_rows",
             alpha=0.45 if kernel == "many_rows" else 1.0,
             linewidth=1.5,
-            label=f"{KERNEL_NAMES[kernel]} kernels ({total:,} positions)",
+            label=f"{KERNEL_NAMES[kernel]}, {total:,} positions",
         )
     axes.set_xscale("log")
     _mark_threshold(axes, report, vertical=True)
     axes.set_xlim(*_occupied(report))
-    axes.set_xlabel(f"KL of a position, nats (0 counts as {_SMALLEST:g})")
+    axes.set_xlabel("KL of a position, nats (0 counts as 1e-8)")
     axes.set_ylabel("positions, %")
     axes.set_title("How far the predictions are apart")
     _legend(figure)
@@ -210,4 +210,4 @@ def _mark_threshold(axes: Axes, report: QualityReport, *, vertical: bool) -> Non
     if limit <= 0:
         return
     line = axes.axvline if vertical else axes.axhline
-    line(limit, color=_GREY, linestyle="--", linewidth=1, label=f"threshold of the mean, {limit:g}")
+    line(limit, color=_GREY, linestyle="--", linewidth=1, label=f"threshold, {limit:g}")
