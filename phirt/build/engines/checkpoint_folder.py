@@ -17,7 +17,7 @@ from typing import Any
 from phirt.build.documents import write_json
 from phirt.build.sources import open_source
 from phirt.build.watched_checkpoint import WatchedCheckpoint
-from phirt.errors import ModelFormatError, UnsafeModelError
+from phirt.errors import ModelFormatError, ModelNotFoundError, UnsafeModelError
 from phirt.models.huggingface_config import CONFIG_NAME
 from phirt.models.layouts import find_layout
 from phirt.models.paths import check_links, resolve_inside
@@ -64,6 +64,8 @@ def rewrite_checkpoint(
     from phirt.build.huggingface_config import config_document
     from phirt.build.safetensors_writer import write_safetensors
 
+    if source.is_dir():
+        _check(source)
     with open_source(source, source_id="") as opened:
         watched = WatchedCheckpoint(opened.checkpoint, progress)
         write_safetensors(watched, folder / "model.safetensors", precision=precision)
@@ -92,14 +94,7 @@ def link_checkpoint(
             computation is code of its own.
         UnsupportedModelError: It holds the model in another layout.
     """
-    check_links(source)
-    find_layout(source, ("safetensors",))
-    document = read_json(source / CONFIG_NAME)
-    if document.get("model_file"):
-        raise UnsafeModelError(
-            f"{source / CONFIG_NAME} names a file of code that computes the model, model_file = "
-            f"{str(document['model_file'])[:80]!r}. phirt runs no code that comes with a model."
-        )
+    document = _check(source)
     write_json(folder / CONFIG_NAME, correct(_without_code(document)))
     with SafetensorsFolder(source):  # an engine is not to find out that a file is damaged
         names = [file.relative_to(source).as_posix() for file in weight_files(source)]
@@ -128,6 +123,21 @@ def architecture_of(document: Mapping[str, Any], *, source: str) -> str:
         f'{source} does not say what the model is: it has no "architectures". Add the name of '
         'its class, as in "architectures": ["LlamaForCausalLM"].'
     )
+
+
+def _check(source: Path) -> dict[str, Any]:
+    """The config.json of a folder, in which there is nothing that phirt would not open."""
+    if not source.is_dir():
+        raise ModelNotFoundError(f"There is no model folder at {source}.")
+    check_links(source)
+    find_layout(source, ("safetensors",))
+    document = read_json(source / CONFIG_NAME)
+    if document.get("model_file"):
+        raise UnsafeModelError(
+            f"{source / CONFIG_NAME} names a file of code that computes the model, model_file = "
+            f"{str(document['model_file'])[:80]!r}. phirt runs no code that comes with a model."
+        )
+    return document
 
 
 def _without_code(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -378,7 +378,7 @@ class _Watch:
         if line.startswith("VERSIONS "):
             found = json.loads(line.removeprefix("VERSIONS "))
             self.versions = {_canonical(name): version for name, version in found.items()}
-        elif line.startswith("Collecting "):
+        elif line.startswith(("Collecting ", "Processing ")):  # the latter from a folder
             self._collected += 1
             if self._progress is not None:
                 self._progress(Progress("install", self._collected, None, "packages"))
