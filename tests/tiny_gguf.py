@@ -45,6 +45,7 @@ def write_tiny_llama_gguf(
     *,
     architecture: Literal["llama", "qwen2", "qwen3", "phi3", "gemma3"] = "llama",
     encoding: str = "F32",
+    encodings: Mapping[str, str] | None = None,
     seed: int = 0,
     layers: int = 2,
     hidden: int = 64,
@@ -69,6 +70,7 @@ def write_tiny_llama_gguf(
             each sixth.
         encoding: Encoding of the matrices; norms are F32. K-quants need rows of 256, and one
             layer to stay under a megabyte.
+        encodings: Encodings of the matrices whose names contain a key.
         seed: Seed of the weights.
         layers: Decoder blocks.
         hidden: Width; a multiple of the encoding's block.
@@ -108,7 +110,9 @@ def write_tiny_llama_gguf(
     if chat_template is not None:
         writer.add_chat_template(chat_template)
     _override(writer, metadata or {})
-    weights = _Weights(writer, architecture, encoding=encoding, seed=seed)
+    weights = _Weights(
+        writer, architecture, encoding=encoding, encodings=encodings or {}, seed=seed
+    )
     weights.add_model(
         layers=layers,
         hidden=hidden,
@@ -130,10 +134,19 @@ def write_tiny_llama_gguf(
 class _Weights:
     """Random weights whose layers keep the size of what passes through them."""
 
-    def __init__(self, writer: GGUFWriter, architecture: str, *, encoding: str, seed: int) -> None:
+    def __init__(
+        self,
+        writer: GGUFWriter,
+        architecture: str,
+        *,
+        encoding: str,
+        encodings: Mapping[str, str],
+        seed: int,
+    ) -> None:
         self._writer = writer
         self._architecture = architecture
         self._encoding = encoding
+        self._encodings = encodings
         self._random = np.random.default_rng(seed)
 
     def add_model(
@@ -188,8 +201,9 @@ class _Weights:
         self._writer.add_tensor(f"{name}.weight", values.astype(np.float32))
 
     def _matrix(self, name: str, rows: int, columns: int) -> None:
-        encoding = GGMLQuantizationType[self._encoding]
-        if self._encoding in _SCALES:
+        chosen = next((e for key, e in self._encodings.items() if key in name), self._encoding)
+        encoding = GGMLQuantizationType[chosen]
+        if chosen in _SCALES:
             encoded = self._random_blocks(encoding, rows, columns)
         else:
             values = self._random.standard_normal((rows, columns)) / np.sqrt(columns)
@@ -201,7 +215,7 @@ class _Weights:
     ) -> NDArray[np.uint8]:
         length, nbytes = GGML_QUANT_SIZES[encoding]
         blocks = self._random.integers(0, 256, (rows, columns // length, nbytes), dtype=np.uint8)
-        for offset in _SCALES[self._encoding]:
+        for offset in _SCALES[encoding.name]:
             scales = self._random.uniform(1e-4, 3e-4, blocks.shape[:2]).astype("<f2")
             blocks[:, :, offset : offset + 2] = scales[..., None].view(np.uint8)
         return blocks.reshape(rows, -1)

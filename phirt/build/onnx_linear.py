@@ -160,9 +160,6 @@ class LinearWriter:
             return self._matmul(
                 x, graph.initializer(f"{name}.weight", weights), name=name, output=output
             )
-        if self._must_split(weights):
-            twice = graph.node("Concat", [x, x], name=f"{name}/twice", axis=-1)
-            return self._multiply(twice, split_bytes(weights), name=name, output=output)
         if weights.offsets is not None:
             folded = None if self._is_exact else fold_offsets(weights)
             if folded is not None:
@@ -172,6 +169,9 @@ class LinearWriter:
             offsets = graph.initializer(f"{name}.offsets", weights.offsets)
             shift = self._matmul(self._sum_blocks(x, weights), offsets, name=f"{name}/offsets")
             return graph.node("Add", [plain, shift], output and [output], name=name)
+        if self._must_split(weights):
+            twice = graph.node("Concat", [x, x], name=f"{name}/twice", axis=-1)
+            return self._multiply(twice, split_bytes(weights), name=name, output=output)
         inputs = [
             x,
             graph.initializer(f"{name}.quantized", weights.values),

@@ -8,7 +8,7 @@ from typing import TypeAlias
 from phirt.build.checkpoint import CheckpointTensor
 from phirt.build.precision import EMBEDDING, Precision, is_sensitive
 from phirt.build.quantize import QuantizedMatrix, quantize_int4, quantize_int8
-from phirt.build.repack import EXACT_ENCODINGS, FOUR_BIT_ENCODINGS, folding_error, repack
+from phirt.build.repack import BELOW_8_BITS, EXACT_ENCODINGS, folding_error, repack
 from phirt.errors import UnsupportedModelError
 from phirt.types import FloatArray
 
@@ -42,7 +42,7 @@ def encode(tensor: CheckpointTensor, precision: Precision) -> StoredMatrix:
     if precision is Precision.EXACT:
         return _encode_exact(tensor)
     if precision is Precision.INT4:
-        if tensor.encoding in FOUR_BIT_ENCODINGS:
+        if tensor.encoding in BELOW_8_BITS:
             own = repack(tensor.encoding, tensor.blocks())
             # Rows of the embedding are gathered, which knows no offsets.
             if own.offsets is None or tensor.name != EMBEDDING:

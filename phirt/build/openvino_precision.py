@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from phirt.build.checkpoint import CheckpointTensor
 from phirt.build.precision import Precision, is_sensitive
 from phirt.build.quantize import QuantizedMatrix, quantize_int4, quantize_int8, split_nibbles
-from phirt.build.repack import EXACT_ENCODINGS, FOUR_BIT_ENCODINGS, repack
+from phirt.build.repack import BELOW_8_BITS, EXACT_ENCODINGS, repack
 from phirt.errors import UnsupportedModelError
 from phirt.types import FloatArray
 
@@ -71,7 +71,7 @@ def encode(
             return tensor.float32().astype(np.float16)
         case Precision.EXACT:
             return _encode_exact(tensor)
-        case Precision.INT4 if tensor.encoding in FOUR_BIT_ENCODINGS:
+        case Precision.INT4 if tensor.encoding in BELOW_8_BITS:
             return _encode_exact(tensor)
         case Precision.INT4 if not is_sensitive(tensor.name):
             _check_block_size(tensor)
@@ -121,19 +121,20 @@ def _integers(matrix: QuantizedMatrix) -> IntegerMatrix:
     scales, values = matrix.scales, matrix.values
     rows, blocks = scales.shape
     zeros: FloatArray | None = None
+    middle = 8
     if matrix.bits == 8:
-        values = (values ^ np.uint8(0x80)).view(np.int8)
-    elif matrix.zero_points is not None:
+        values, middle = (values ^ np.uint8(0x80)).view(np.int8), 0
+    if matrix.zero_points is not None:
         nibbles = np.stack(split_nibbles(matrix.zero_points), axis=-1).reshape(rows, -1)
         zeros = nibbles[:, :blocks].astype(np.float32)
-    elif matrix.offsets is None:
-        zeros = np.full_like(scales, 8)
-    else:
+    elif matrix.offsets is not None:
         # A block of one value has no scale that a zero point could be counted in.
         flat = np.abs(scales) < np.finfo(np.float32).tiny
         scales = np.where(flat, np.float32(1), scales)
-        values = np.where(flat[..., None], np.uint8(0), values)
-        zeros = np.where(flat, 0, 8) - matrix.offsets / scales
+        values = np.where(flat[..., None], values.dtype.type(0), values)
+        zeros = np.where(flat, 0, middle) - matrix.offsets / scales
+    elif middle:
+        zeros = np.full_like(scales, middle)
     return IntegerMatrix(
         bits=matrix.bits,
         shape=(rows, blocks, matrix.block_size),

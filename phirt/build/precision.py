@@ -37,9 +37,9 @@ class Precision(StrEnum):
         EXACT: The checkpoint's own integers and scales, and float activations: the logits of
             `FP32` to rounding, from a fraction of the memory.
         INT8: 8-bit blocks. ONNX graphs round activations to 8 bits as well.
-        INT4: The checkpoint's own blocks where they have 4 bits. What has more is rounded:
-            queries, keys, values, embedding and LM head to 8 bits, the rest to 4.
-            Activations are rounded to 8 bits.
+        INT4: The checkpoint's own blocks where they have 4 bits, and where they have 5 or 6,
+            in 8. What has more is rounded: queries, keys, values, embedding and LM head to
+            8 bits, the rest to 4. Activations are rounded to 8 bits.
     """
 
     FP32 = "fp32"

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 __all__ = ["CONVERTER_VERSION"]
 
-CONVERTER_VERSION = 4
+CONVERTER_VERSION = 5
 """Counts changes of what the converter writes: artifacts of another version are made anew."""

@@ -95,8 +95,8 @@ def test_decoding_in_chunks_changes_nothing(
 
 # Where the half-precision numbers of a block lie, from ggml-common.h.
 FLOATS = {
-    "F32": [0], "F16": [0], "BF16": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q8_0": [0],
-    "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
+    "F32": [0], "F16": [0], "BF16": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0],
+    "Q5_1": [0, 2], "Q8_0": [0], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
 }  # fmt: skip
 NAN = {"F32": b"\x00\x00\xc0\x7f", "BF16": b"\xc0\x7f"}
 INFINITY = {"F32": b"\x00\x00\x80\xff", "BF16": b"\x80\xff"}

@@ -279,6 +279,6 @@ class TestRefusals:
     def test_an_encoding_that_exact_cannot_hold(self, tmp_path):
         checkpoint = random_llama()
         name = "model.layers.0.mlp.down_proj.weight"
-        object.__setattr__(checkpoint.tensors[name], "encoding", "Q6_K")
-        with pytest.raises(UnsupportedModelError, match=r"down_proj.*Q6_K.*fp32"):
+        object.__setattr__(checkpoint.tensors[name], "encoding", "Q3_K")
+        with pytest.raises(UnsupportedModelError, match=r"down_proj.*Q3_K.*fp32"):
             write_decoder(checkpoint, tmp_path / "model.onnx", precision=Precision.EXACT)

@@ -124,8 +124,8 @@ class TestPrecisions:
 
     def test_exact_refuses_other_encodings(self, tmp_path):
         checkpoint = random_llama()
-        checkpoint.tensors["model.layers.0.mlp.up_proj.weight"].__dict__["encoding"] = "Q6_K"
-        with pytest.raises(UnsupportedModelError, match="Q6_K"):
+        checkpoint.tensors["model.layers.0.mlp.up_proj.weight"].__dict__["encoding"] = "Q3_K"
+        with pytest.raises(UnsupportedModelError, match="Q3_K"):
             written(checkpoint, tmp_path, "exact")
 
     @pytest.mark.parametrize(("precision", "share"), [("fp16", 0.5), ("int8", 0.26)])
