@@ -87,11 +87,11 @@ class SafetensorsTensor:
         """The encoded rows: shape (rows, bytes per row), read now, from the file.
 
         Raises:
-            ModelFormatError: A weight is NaN or infinite.
+            ModelFormatError: A weight is NaN or infinite, or the file has shrunk.
         """
-        rows = self._rows()
-        for start in range(0, len(rows), self._step):
-            self._refuse_non_finite(rows[start : start + self._step], start)
+        rows = np.empty((prod(self.shape[:-1]), self._row_bytes), np.uint8)
+        for start, part in self._parts():
+            rows[start : start + len(part)] = part
         return rows
 
     def float32(self) -> FloatArray:
@@ -100,13 +100,10 @@ class SafetensorsTensor:
         Decodes a megabyte at a time, so that the peak is the result and little more.
 
         Raises:
-            ModelFormatError: A weight is NaN or infinite.
+            ModelFormatError: A weight is NaN or infinite, or the file has shrunk.
         """
-        rows = self._rows()
-        values = np.empty((len(rows), self.shape[-1]), np.float32)
-        for start in range(0, len(rows), self._step):
-            part = rows[start : start + self._step]
-            self._refuse_non_finite(part, start)
+        values = np.empty((prod(self.shape[:-1]), self.shape[-1]), np.float32)
+        for start, part in self._parts():
             values[start : start + len(part)] = _decode(part, self.encoding)
         return values.reshape(self.shape)
 
@@ -116,14 +113,20 @@ class SafetensorsTensor:
         return replace(self, shape=shape, first_row=self.first_row + start)
 
     @property
-    def _step(self) -> int:
-        """Rows of about a megabyte."""
-        return max(1, _CHUNK_BYTES // (4 * self.shape[-1]))
+    def _row_bytes(self) -> int:
+        return self.shape[-1] * np.dtype(_WORDS[self.encoding][0]).itemsize
 
-    def _rows(self) -> NDArray[np.uint8]:
-        row_bytes = self.shape[-1] * np.dtype(_WORDS[self.encoding][0]).itemsize
-        stored = self.files.raw(self.stored_name).reshape(-1, row_bytes)
-        return stored[self.first_row : self.first_row + prod(self.shape[:-1])]
+    def _parts(self) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """About a megabyte of rows at a time, each with the number of its first."""
+        count, row_bytes = prod(self.shape[:-1]), self._row_bytes
+        step = max(1, _CHUNK_BYTES // row_bytes)
+        for start in range(0, count, step):
+            wanted = min(step, count - start)
+            first = (self.first_row + start) * row_bytes
+            part = self.files.read(self.stored_name, first, wanted * row_bytes)
+            part = part.reshape(wanted, row_bytes)
+            self._refuse_non_finite(part, start)
+            yield start, part
 
     def _refuse_non_finite(self, rows: NDArray[np.uint8], start: int) -> None:
         word, exponent = _WORDS[self.encoding]
@@ -137,8 +140,7 @@ class SafetensorsTensor:
 
 
 def _words(rows: NDArray[np.uint8], word: str) -> NDArray[Any]:
-    # A tensor may start at any byte of its file; a copy of some rows is aligned.
-    return np.ascontiguousarray(rows).view(word)
+    return rows.view(word)
 
 
 def _decode(rows: NDArray[np.uint8], encoding: str) -> NDArray[Any]:

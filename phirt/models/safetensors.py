@@ -13,7 +13,8 @@ import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn, Self
+from threading import Lock
+from typing import Any, BinaryIO, NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +103,8 @@ class SafetensorsFolder:
             raise ModelNotFoundError(f"{folder} holds no model.safetensors and no {INDEX_NAME}.")
         self._folder = folder
         self._closed = False
+        self._lock = Lock()
+        self._files: dict[str, BinaryIO] = {}
         self._tensors: dict[str, _Tensor] = {}
         try:
             for file in files:
@@ -125,6 +128,10 @@ class SafetensorsFolder:
         """Let go of the files. Calling it again does nothing."""
         self._closed = True
         self._tensors = {}
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files = {}
 
     def names(self) -> list[str]:
         """Names of all tensors, in the order of their bytes."""
@@ -147,6 +154,35 @@ class SafetensorsFolder:
         Raises `ModelFormatError` if there is no tensor of that name.
         """
         return self._tensor(name).data
+
+    def read(self, name: str, start: int, nbytes: int) -> NDArray[np.uint8]:
+        """Some bytes of a tensor, copied from the file.
+
+        For whoever passes over a model once: pages of a mapped file count as the process's
+        own memory for as long as the map lives, and a file that shrinks while it is mapped
+        kills the process. May be called from several threads.
+
+        Args:
+            name: The tensor.
+            start: Its first byte that is wanted.
+            nbytes: How many are, at most those that it has from there on.
+
+        Raises:
+            ModelFormatError: There is no tensor of that name, or the file has become shorter
+                since it was opened.
+        """
+        tensor = self._tensor(name)
+        data = np.empty(nbytes, np.uint8)
+        path = self._folder / tensor.file
+        with self._lock:
+            file = self._files.get(tensor.file)
+            if file is None:
+                file = self._files[tensor.file] = path.open("rb")
+            file.seek(tensor.offset + start)
+            got = file.readinto(data.data)
+        if got != nbytes:
+            _fail(path, "it has become shorter while it was read")
+        return data
 
     def float32(self, name: str) -> FloatArray:
         """The values of a tensor. Read-only, and a view of the file, where it holds float32.
@@ -191,6 +227,7 @@ class SafetensorsFolder:
 @dataclass(frozen=True, slots=True)
 class _Tensor:
     file: str
+    offset: int
     dtype: str
     shape: tuple[int, ...]
     data: NDArray[np.uint8]
@@ -244,11 +281,10 @@ def _open(folder: Path, path: Path) -> dict[str, _Tensor]:
         raise ModelNotFoundError(f"{folder} lacks {path.name}, a file of weights.") from error
     except OSError as error:
         raise ModelFormatError(f"{path} cannot be read: {error.strerror or error}.") from error
-    data = np.frombuffer(mapped, np.uint8)[8 + length :]
-    return _read_header(header, data, path)
+    return _read_header(header, np.frombuffer(mapped, np.uint8), path)
 
 
-def _read_header(header: bytes, data: NDArray[np.uint8], path: Path) -> dict[str, _Tensor]:
+def _read_header(header: bytes, content: NDArray[np.uint8], path: Path) -> dict[str, _Tensor]:
     if not header.startswith(b"{"):
         _fail(path, "its header is not JSON")
     entries = parse_json(header, source=str(path))
@@ -256,6 +292,8 @@ def _read_header(header: bytes, data: NDArray[np.uint8], path: Path) -> dict[str
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         _fail(path, "__metadata__ must be an object of strings")
     found = [(_read_entry(name, entry, path), name) for name, entry in entries.items()]
+    first = 8 + len(header)
+    data = content[first:]
     end = 0
     tensors: dict[str, _Tensor] = {}
     for (begin, stop, dtype, shape), name in sorted(found):
@@ -263,7 +301,7 @@ def _read_header(header: bytes, data: NDArray[np.uint8], path: Path) -> dict[str
             _fail(path, f"the tensor {name[:80]!r} begins at byte {begin:,}, not at {end:,}")
         if stop > len(data):
             _fail(path, f"the tensor {name[:80]!r} ends at byte {stop:,} of {len(data):,}")
-        tensors[name] = _Tensor(path.name, dtype, shape, data[begin:stop])
+        tensors[name] = _Tensor(path.name, first + begin, dtype, shape, data[begin:stop])
         end = stop
     if end != len(data):
         _fail(path, f"its tensors have {end:,} bytes, its data {len(data):,}")
