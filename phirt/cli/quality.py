@@ -31,10 +31,11 @@ def print_quality(arguments: argparse.Namespace) -> int:
         1 where the candidate does not pass, else 0.
 
     Raises:
-        UsageError: The arguments make no sense.
+        UsageError: The arguments make no sense, a text cannot be read, or the folder of the
+            report holds something else.
         DeclinedError: A download is large, and nobody agreed to it.
         PhirtError: The two cannot be compared.
-        OSError: A text cannot be read, or the report not be written.
+        OSError: The report cannot be written.
     """
     # Imported here, as what it needs is only this command's.
     from phirt.quality.comparison import DEFAULT_TOKENS, compare_quality
@@ -65,7 +66,7 @@ def print_quality(arguments: argparse.Namespace) -> int:
             )
         except PhirtError:
             raise
-        except ValueError as error:
+        except (ValueError, FileExistsError) as error:
             raise UsageError(" ".join(str(error).split())) from error
     if arguments.json:
         print_json(report.to_json())
@@ -82,7 +83,10 @@ def _texts(paths: list[Path] | None) -> dict[str, str] | None:
 
     if paths is None:
         return None
-    texts = {path.stem: read_text(path) for path in paths}
+    try:
+        texts = {path.stem: read_text(path) for path in paths}
+    except OSError as error:
+        raise UsageError(f"the text {error.filename} cannot be read: {error.strerror}") from error
     if len(texts) < len(paths):
         raise UsageError("two of the texts have one name: figures are told apart by it")
     return texts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ _STYLE: Mapping[str, Any] = {
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "legend.frameon": False,
+    "text.parse_math": False,  # a file's name may have dollars in it
 }
 
 
@@ -45,7 +47,9 @@ def draw_plots(report: QualityReport, names: Mapping[str, str], folder: Path) ->
     import matplotlib as mpl
 
     # Nothing of the process's own settings, nor of its windows, is touched.
-    with mpl.rc_context(dict(_STYLE)):
+    with mpl.rc_context(dict(_STYLE)), warnings.catch_warnings():
+        # The font has no Chinese; a name in it is drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         for plot, figure in figures_of_plots(report).items():
             figure.savefig(folder / names[plot], format="svg", metadata={"Date": None})
 
@@ -109,7 +113,7 @@ def _sections(report: QualityReport) -> Figure:
             elinewidth=1,
             label=f"{KERNEL_NAMES[kernel]} kernels",
         )
-    axes.set_yticks(range(len(names)), [name.replace("_", " ") for name in names])
+    axes.set_yticks(range(len(names)), list(map(_label, names)))
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
     _scale(axes, "x", report)
@@ -136,7 +140,7 @@ def _spans(report: QualityReport) -> Figure:
     edges, middles = _borders(leading)
     for edge in edges:
         axes.axvline(edge, color="#dddddd", linewidth=0.8, zorder=0)
-    axes.set_xticks(middles, [s.name.replace("_", " ") for s in leading.sections], rotation=60)
+    axes.set_xticks(middles, [_label(section.name) for section in leading.sections], rotation=60)
     for label in axes.get_xticklabels():
         label.set_horizontalalignment("right")
         label.set_rotation_mode("anchor")
@@ -148,6 +152,11 @@ def _spans(report: QualityReport) -> Figure:
     axes.set_title("Along the text")
     _legend(figure)
     return figure
+
+
+def _label(name: str) -> str:
+    """A section's name, without what XML does not take."""
+    return "".join(each if each.isprintable() else "?" for each in name.replace("_", " "))
 
 
 def _place(leading: KernelQuality, section: str, start: int) -> int:
