@@ -114,9 +114,14 @@ def test_nan_is_told_and_the_models_are_closed(exact, edited, monkeypatch):
     def damage(tensors):
         tensors["model.norm.weight"][3] = np.nan
 
-    closed = []
+    closed: list[phirt.Model] = []
     close = phirt.Model.close
-    monkeypatch.setattr(phirt.Model, "close", lambda model: (closed.append(model), close(model)))
+
+    def closing(model):
+        closed.append(model)
+        close(model)
+
+    monkeypatch.setattr(phirt.Model, "close", closing)
     with pytest.raises(NonFiniteLogitsError, match="The candidate computed a logit of nan"):
         compare(exact, edited(damage), backend="reference")
     assert len(closed) == 1
@@ -245,7 +250,7 @@ def test_a_converted_folder_as_reference_is_taken_as_it_is(checkpoint, exact, tm
 
 
 def test_progress_counts_tokens(exact):
-    told = []
+    told: list[phirt.Progress] = []
     compare(exact, exact, progress=told.append)
     assert {(each.stage, each.unit) for each in told} == {("compare", "tokens")}
     assert [each.completed for each in told] == sorted(each.completed for each in told)

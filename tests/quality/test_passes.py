@@ -115,10 +115,10 @@ def test_a_logit_that_is_no_number_is_told(value, kernel):
         return logits
 
     for pair, who in (((broken, None), "reference"), ((None, broken), "candidate")):
-        models = [FakeModel(rule) for rule in pair]
+        reference, candidate = (FakeModel(rule) for rule in pair)
         with pytest.raises(NonFiniteLogitsError, match=f"The {who} .* for token 3 after 7 tokens"):
-            compare_tokens(*models, IDS, kernel=kernel)
-        assert [model.sessions_open for model in models] == [0, 0]
+            compare_tokens(reference, candidate, IDS, kernel=kernel)
+        assert (reference.sessions_open, candidate.sessions_open) == (0, 0)
 
 
 def test_longrope_stays_within_the_short_factors():

@@ -63,7 +63,7 @@ def test_the_worse_kernel_is_the_grade():
 
 
 def test_thresholds_are_the_users_to_choose():
-    kernels = {"one-row": (figures(0.5, 0.7), {})}
+    kernels: dict[str, tuple[Figures, dict[str, Figures]]] = {"one-row": (figures(0.5, 0.7), {})}
     assert judge(kernels, Thresholds(max_kl=0.6, min_agreement=0.6)).passed
     assert not judge({"one-row": (figures(0.001), {})}, Thresholds(max_kl=0.0005)).passed
 
