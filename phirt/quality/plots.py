@@ -13,6 +13,7 @@ from phirt.quality.verdict import GRADES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 __all__ = ["draw_plots", "figures_of_plots"]
@@ -86,6 +87,7 @@ def _histogram(report: QualityReport) -> Figure:
     axes.set_xscale("log")
     _mark_threshold(axes, report, vertical=True)
     axes.set_xlim(*_occupied(report))
+    _plain_ticks(axes.xaxis, decades=True)
     axes.set_xlabel("KL of a position, nats (0 counts as 1e-8)")
     axes.set_ylabel("positions, %")
     axes.set_title("How far the predictions are apart")
@@ -182,19 +184,22 @@ def _scale(axes: Axes, axis: str, report: QualityReport) -> None:
     ]
     limit = report.verdict.thresholds.max_kl or _SMALLEST
     low, high = min(*means, limit, GRADES["equal"][0]) / 2, max(*means, limit) * 2
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
     if axis == "x":
         axes.set_xscale("log")
         axes.set_xlim(low, high)
     else:
         axes.set_yscale("log")
         axes.set_ylim(low, high)
-    which = axes.xaxis if axis == "x" else axes.yaxis
-    # 0.01, 0.02, 0.05; over several decades the powers of ten alone.
-    which.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 300 else (1,)))
-    which.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    which.set_minor_formatter(NullFormatter())
+    _plain_ticks(axes.xaxis if axis == "x" else axes.yaxis, decades=high / low > 300)
+
+
+def _plain_ticks(axis: Axis, *, decades: bool) -> None:
+    """Ticks in plain figures: 0.01, 0.02, 0.05, or the powers of ten alone."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1,) if decades else (1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _occupied(report: QualityReport) -> tuple[float, float]:

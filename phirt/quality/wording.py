@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from phirt.quality.report import QualityReport, Side
+from phirt.quality.verdict import GRADES
 
 __all__ = ["described", "megabytes", "nats", "percent", "summary", "visible"]
 
@@ -39,10 +40,10 @@ def visible(text: str, *, most: int = 40) -> str:
 def summary(report: QualityReport) -> str:
     """The verdict in one sentence."""
     verdict = report.verdict
-    meaning = {
-        "equal": "it differs no more than two runtimes do",
-        "close": "a different answer here and there, and none that is worse",
-        "degraded": "much of what it writes is another text",
-        "broken": "it is another model",
-    }[verdict.grade]
-    return f"{'PASSED' if verdict.passed else 'FAILED'}: {verdict.grade} ({meaning})"
+    max_kl, min_agreement = GRADES["degraded" if verdict.grade == "broken" else verdict.grade]
+    bounds = (
+        f"mean KL over {max_kl:g}, or under {100 * min_agreement:g} % the same top token"
+        if verdict.grade == "broken"
+        else f"mean KL at most {max_kl:g}, at least {100 * min_agreement:g} % the same top token"
+    )
+    return f"{'PASSED' if verdict.passed else 'FAILED'}: {verdict.grade} ({bounds})"
