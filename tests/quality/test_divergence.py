@@ -74,8 +74,8 @@ def test_a_token_that_is_all_but_impossible_does_not_make_it_infinite():
 
 def test_a_large_vocabulary_is_worked_on_in_blocks_with_the_same_result():
     random = np.random.default_rng(2)
-    one, other = random.normal(0, 2, (2, 9, 300_000)).astype(np.float32)
-    targets = np.arange(9)
+    one, other = random.normal(0, 2, (2, 5, 300_000)).astype(np.float32)
+    targets = np.arange(5)
     whole = compare_rows(one, other, targets)
     single = [
         compare_rows(one[i : i + 1], other[i : i + 1], targets[i : i + 1]).kl for i in targets
