@@ -95,6 +95,10 @@ HOSTILE: dict[str, tuple[Raw, str]] = {
         Raw(tensors=[tensor(b"t", [2**62, 1])], data=bytes(64)),
         "past the end of the file",
     ),
+    "divisors of LongRoPE, 2**62 of them": (
+        Raw(tensors=[tensor(b"rope_factors_long.weight", [2**62])], data=bytes(64)),
+        "past the end of the file",
+    ),
     "rows that are not whole blocks": (
         Raw(tensors=[tensor(b"t", [33], encoding=Q4_0)], data=bytes(64)),
         "do not divide into blocks of 32",

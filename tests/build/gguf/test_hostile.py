@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
+from phirt.build.gguf.checkpoint import GgufCheckpoint
 from phirt.build.gguf.file import GgufFile
 from phirt.errors import ModelFormatError
 from tests.build.gguf.hostile import HOSTILE
+from tests.tiny_gguf import write_tiny_llama_gguf
 
 
 @pytest.mark.parametrize("case", HOSTILE)
@@ -23,6 +26,35 @@ def test_the_error_names_what_is_wrong_and_where(tmp_path: Path, case: str) -> N
         GgufFile(path)
     assert "model.gguf" in str(caught.value)
     assert "at byte" in str(caught.value)
+
+
+# What a file of the right shape may claim about itself, beyond what its header's own sizes say.
+LIES: list[tuple[Literal["phi3", "gemma3"], dict[str, int | float]]] = [
+    ("phi3", {"phi3.context_length": 2**62}),
+    ("phi3", {"phi3.rope.scaling.original_context_length": 2**62}),
+    ("phi3", {"phi3.rope.dimension_count": 2**62}),
+    ("phi3", {"phi3.attention.head_count_kv": 2**62}),
+    ("phi3", {"phi3.feed_forward_length": 2**62}),
+    ("phi3", {"phi3.rope.scaling.attn_factor": float("nan")}),
+    ("phi3", {"phi3.rope.scaling.factor": float("inf")}),
+    ("gemma3", {"gemma3.attention.sliding_window": 2**62}),
+    ("gemma3", {"gemma3.attention.sliding_window_pattern": 2**62}),
+    ("gemma3", {"gemma3.attention.key_length": 2**62}),
+    ("gemma3", {"gemma3.block_count": 2**62}),
+    ("gemma3", {"gemma3.rope.freq_base_swa": -1.0}),
+]
+
+
+@pytest.mark.parametrize(("architecture", "metadata"), LIES)
+def test_metadata_that_lies(
+    tmp_path: Path, architecture: Literal["phi3", "gemma3"], metadata: dict[str, int | float]
+) -> None:
+    path = write_tiny_llama_gguf(
+        tmp_path / "model.gguf", architecture=architecture, layers=1, metadata=metadata
+    )
+    key = next(iter(metadata)).rpartition(".")[2]
+    with pytest.raises(ModelFormatError, match=key):
+        GgufCheckpoint(path)
 
 
 # Runs in a process of its own: the peak of the test process is that of whatever ran before.
@@ -60,6 +92,9 @@ def test_refusing_takes_under_100_ms_and_50_mb(tmp_path: Path) -> None:
         with paths[-1].open("wb") as file:
             file.write(raw.encode())
             file.truncate(2**40)
+    for index, (architecture, metadata) in enumerate(LIES):
+        paths.append(tmp_path / f"lie{index}.gguf")
+        write_tiny_llama_gguf(paths[-1], architecture=architecture, layers=1, metadata=metadata)
     done = subprocess.run(
         [sys.executable, "-c", CHILD, *map(str, paths)],
         check=True,

@@ -21,10 +21,18 @@ def read_everything(path: Path) -> None:
             checkpoint.tensor(name).float32()
 
 
-@pytest.mark.parametrize("tokenizer", ["gpt2", "llama"])
-def test_cut_at_every_byte(tmp_path: Path, tokenizer: Literal["gpt2", "llama"]) -> None:
+@pytest.mark.parametrize(
+    ("architecture", "tokenizer"),
+    [("llama", "gpt2"), ("llama", "llama"), ("phi3", "gpt2"), ("gemma3", "gpt2")],
+)
+def test_cut_at_every_byte(
+    tmp_path: Path,
+    architecture: Literal["llama", "phi3", "gemma3"],
+    tokenizer: Literal["gpt2", "llama"],
+) -> None:
     path = write_tiny_llama_gguf(
         tmp_path / "model.gguf",
+        architecture=architecture,
         encoding="Q4_0",
         tokenizer=tokenizer,
         vocab=262,
