@@ -17,17 +17,18 @@ from phirt.build.checkpoint import Checkpoint
 from phirt.models.safe_json import read_bytes
 from phirt.text.tokenizer import Tokenizer
 
-__all__ = ["Source", "digest_texts", "open_source"]
+__all__ = ["TEXT_FILES", "Source", "digest_texts", "open_source"]
 
 _CONFIG = "config.json"
-# Beside the weights and the configuration; the first must be there.
-_TEXT_FILES = (
+TEXT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
     "generation_config.json",
 )
+"""What goes with the weights and the configuration; the first must be there."""
+
 _MAX_TEXT_BYTES = 1 << 28
 
 
@@ -96,7 +97,7 @@ def digest_texts(folder: Path) -> str:
         ModelFormatError: One of the files cannot be read.
     """
     digest = hashlib.sha256()
-    for name in (_CONFIG, *_TEXT_FILES):
+    for name in (_CONFIG, *TEXT_FILES):
         if (folder / name).exists():
             data = read_bytes(folder / name, max_bytes=_MAX_TEXT_BYTES)
             digest.update(f"{name}\0{len(data)}\0".encode() + data)
@@ -129,7 +130,7 @@ class _FolderSource:
 
     def write_text_files(self, out_dir: Path) -> None:
         """Copy the folder's."""
-        for name in _TEXT_FILES:
+        for name in TEXT_FILES:
             if (self._path / name).exists():
                 self._copy(name, out_dir)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from phirt.build.documents import write_json
-from phirt.build.sources import open_source
+from phirt.build.sources import TEXT_FILES, open_source
 from phirt.build.watched_checkpoint import WatchedCheckpoint
 from phirt.errors import ModelFormatError, ModelNotFoundError, UnsafeModelError
 from phirt.models.huggingface_config import CONFIG_NAME
@@ -26,16 +26,7 @@ from phirt.models.safe_json import read_json
 from phirt.models.safetensors import SafetensorsFolder, weight_files
 from phirt.types import ProgressCallback
 
-__all__ = ["TEXT_FILES", "architecture_of", "link_checkpoint", "rewrite_checkpoint"]
-
-TEXT_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-"""What goes with the weights and the configuration; the first must be there."""
+__all__ = ["architecture_of", "link_checkpoint", "rewrite_checkpoint"]
 
 _INDEX = "model.safetensors.index.json"
 # Names of code, which transformers would fetch or run, and of kernels that it would import.

@@ -12,9 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from phirt.build.engines.built import Built
-from phirt.build.engines.checkpoint_folder import TEXT_FILES, rewrite_checkpoint
+from phirt.build.engines.checkpoint_folder import rewrite_checkpoint
 from phirt.build.engines.environments import EnginePython, find_engine
 from phirt.build.engines.process import run_module
+from phirt.build.sources import TEXT_FILES
 from phirt.errors import EngineFailedError, UnsupportedModelError
 from phirt.models.huggingface_config import CONFIG_NAME
 from phirt.models.safe_json import read_json

@@ -16,13 +16,13 @@ from typing import Any
 
 from phirt.build.engines.built import Built
 from phirt.build.engines.checkpoint_folder import (
-    TEXT_FILES,
     architecture_of,
     link_checkpoint,
     rewrite_checkpoint,
 )
 from phirt.build.engines.environments import EnginePython, find_engine
 from phirt.build.engines.process import run_module
+from phirt.build.sources import TEXT_FILES
 from phirt.errors import EngineFailedError, UnsafeModelError, UnsupportedModelError
 from phirt.models.genai_config import GENAI_CONFIG_NAME
 from phirt.models.huggingface_config import CONFIG_NAME
