@@ -242,7 +242,8 @@ class _Document:
             self._refuse(f"attention scores scaled by {config.scale}")
         return {
             "query_pre_attn_scalar": scalar,
-            "sliding_window": self._one_window(),
+            # transformers wants a number even where no layer has a window.
+            "sliding_window": self._one_window() or config.context_length,
             "sliding_window_pattern": self._pattern(),
             "layer_types": self._layer_types(),
             "attn_logit_softcapping": None,

@@ -92,6 +92,15 @@ _TEKKEN = _PreTokenizer(
     whole_words=True,
     add_bos=True,
 )
+_GPT_4O = _PreTokenizer(
+    split=(
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+)
 # Qwen's own tokenizer.json also composes characters first (NFC); llama.cpp and transformers'
 # GGUF reader do not.
 _QWEN2 = _PreTokenizer(
@@ -110,6 +119,7 @@ _PRE_TOKENIZERS = {
     "smollm": _PreTokenizer(),
     "qwen2": _QWEN2,  # and Qwen 2.5 and 3
     "tekken": _TEKKEN,
+    "gpt-4o": _GPT_4O,  # and Phi-4-mini
 }
 
 _MODELS = ("gpt2", "llama")

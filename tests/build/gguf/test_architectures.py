@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phirt.build.convert import convert
 from phirt.build.gguf.checkpoint import GgufCheckpoint
 from phirt.build.safetensors_checkpoint import SafetensorsCheckpoint
 from phirt.types import FloatArray
@@ -160,6 +161,18 @@ class TestTransformers:
         for length in lengths:
             expected = cases.expected(name, length)
             assert difference(decoder.logits(TOKENS[:length]), expected) < 1e-3
+
+
+class TestFolder:
+    """The folder of safetensors that is made of a file is the checkpoint, for transformers too."""
+
+    @pytest.mark.parametrize("name", ["llama", "phi3", "phi3-window", "gemma3", "gemma3-full"])
+    def test_logits(self, cases, name, tmp_path):
+        convert(cases.case(name).file("F32"), tmp_path, layout="safetensors", precision="fp32")
+        model = pretrained(tmp_path)
+        for length in (20, 100):
+            found = transformers_logits(model, TOKENS[:length])
+            assert difference(found, cases.expected(name, length)) < 1e-3
 
 
 class TestLlamaCpp:

@@ -1,6 +1,7 @@
-"""SentencePiece tokenizers that transformers does not read the way their models mean them.
+"""Tokenizers that transformers does not read from GGUF the way their models mean them.
 
-llama.cpp is the oracle: it knows Phi-3's by the model's name, and Gemma's by its flags.
+llama.cpp is the oracle: it knows Phi-3's by the model's name, Phi-4-mini's by that of its
+pre-tokenizer, and Gemma's by its flags.
 """
 
 from __future__ import annotations
@@ -19,15 +20,21 @@ from tests.tiny_gguf import write_tiny_llama_gguf
 pytestmark = pytest.mark.oracle
 
 FILES: dict[str, dict[str, Any]] = {
-    "phi3": {"architecture": "phi3", "layers": 1, "metadata": {"general.name": "Phi-3-tiny"}},
-    "gemma3": {"architecture": "gemma3", "layers": 7},
+    "phi3": {
+        "architecture": "phi3",
+        "tokenizer": "llama",
+        "layers": 1,
+        "metadata": {"general.name": "Phi-3-tiny"},
+    },
+    "phi4": {"architecture": "phi3", "pre": "gpt-4o", "layers": 1},
+    "gemma3": {"architecture": "gemma3", "tokenizer": "llama", "layers": 7},
 }
 
 
 @pytest.fixture(params=FILES)
 def path(request, tmp_path):
     options = FILES[request.param]
-    return write_tiny_llama_gguf(tmp_path / "model.gguf", tokenizer="llama", vocab=420, **options)
+    return write_tiny_llama_gguf(tmp_path / "model.gguf", vocab=420, **options)
 
 
 def test_token_ids(path):
@@ -36,6 +43,7 @@ def test_token_ids(path):
     added = [token.content for token in ours.get_added_tokens_decoder().values()]
     strings = dict(HARD_STRINGS)
     strings["a chat"] = "<|user|>\nHello<|end|>\n<|assistant|>\n<start_of_turn>user\n hi "
+    strings["words in capitals"] = "HelloWorld DON'T it'LL ABCdef 12345 a/b//\n/ x=='ÉCOLEécole' Ωω"
     strings["spaces around added tokens"] = "".join(f"a {token} \n b{token}c" for token in added)
     strings |= {
         f"random {index}": text
