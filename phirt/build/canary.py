@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from phirt.backends.reference.decoder import Decoder
 from phirt.build import onnx_precision, openvino_precision, safetensors_writer
 from phirt.build.checkpoint import Checkpoint, CheckpointTensor
-from phirt.build.precision import EMBEDDING, LOSSLESS, Precision
+from phirt.build.precision import EMBEDDING, LOSSLESS
+from phirt.build.recipe import Recipe
 from phirt.errors import ModelError
 from phirt.models.canary import (
     CANARY_TEXT,
@@ -38,8 +39,8 @@ from phirt.types import FloatArray
 
 __all__ = ["Rounding", "canary_beside", "compute_canary", "encode_canary", "rounding_of"]
 
-Rounding: TypeAlias = Callable[[CheckpointTensor], FloatArray]
-"""The values of a tensor, or of some rows of a matrix, as an artifact stores them."""
+Rounding: TypeAlias = Callable[[CheckpointTensor, int], FloatArray]
+"""The values of a tensor, or of some rows of a matrix from one on, as an artifact stores them."""
 
 _CHUNK = 1 << 17  # Elements of a matrix at once: small enough for a processor's cache.
 
@@ -101,18 +102,24 @@ def encode_canary(
     return chosen
 
 
-def rounding_of(layout: str, precision: Precision) -> Rounding | None:
-    """What storing weights in a layout and a precision does to them; None for nothing."""
-    if precision in LOSSLESS:
+def rounding_of(layout: str, recipe: Recipe) -> Rounding | None:
+    """What storing weights in a layout by a recipe does to them; None for nothing."""
+    if recipe.precision in LOSSLESS and not recipe.half:
         return None
     if layout == "safetensors":
-        return lambda tensor: safetensors_writer.rounded(tensor.float32(), precision=precision)
+        precision = recipe.precision
+        return lambda tensor, _: safetensors_writer.rounded(tensor.float32(), precision=precision)
     rounded = {
         "onnx-genai": onnx_precision.rounded,
         "openvino": openvino_precision.rounded,
     }[layout]
-    # Norms and biases stay as they are.
-    return lambda tensor: rounded(tensor, precision) if len(tensor.shape) > 1 else tensor.float32()
+
+    def rounding(tensor: CheckpointTensor, first_row: int) -> FloatArray:
+        # Norms and biases stay as they are.
+        is_matrix = len(tensor.shape) > 1
+        return rounded(tensor, recipe, first_row) if is_matrix else tensor.float32()
+
+    return rounding
 
 
 def compute_canary(
@@ -170,7 +177,7 @@ class _StreamedWeights:
 
     def embed(self, token_ids: Sequence[int]) -> FloatArray:
         table = self._checkpoint.tensor(EMBEDDING)
-        rows = [np.stack(self._values(table.rows(token, token + 1))) for token in token_ids]
+        rows = [np.stack(self._values(table.rows(token, token + 1), token)) for token in token_ids]
         return np.concatenate(rows, axis=1)
 
     def vector(self, name: str) -> FloatArray:
@@ -183,19 +190,19 @@ class _StreamedWeights:
         step = max(1, _CHUNK // columns)
         for start in range(0, rows, step):
             stop = min(start + step, rows)
-            for each, weights in enumerate(self._values(matrix.rows(start, stop))):
+            for each, weights in enumerate(self._values(matrix.rows(start, stop), start)):
                 # Not a matrix product: NumPy's wakes threads for each, and waits for them, which
                 # on a busy machine takes twenty times as long as the arithmetic.
                 np.vecdot(x[each, :, None], weights, out=product[each, :, start:stop])
         return product
 
-    def _values(self, tensor: CheckpointTensor) -> list[FloatArray]:
+    def _values(self, tensor: CheckpointTensor, first_row: int = 0) -> list[FloatArray]:
         """The tensor's values, and what rounding makes of them."""
         if self._stop.is_set():
             raise CancelledError
         decoded = _Decoded(tensor)
         values = [decoded.values]
-        return values if self._rounding is None else [*values, self._rounding(decoded)]
+        return values if self._rounding is None else [*values, self._rounding(decoded, first_row)]
 
 
 class _Decoded:

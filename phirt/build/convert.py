@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +15,8 @@ from phirt._version import __version__
 from phirt.build.canary import canary_beside, rounding_of
 from phirt.build.checkpoint import Checkpoint
 from phirt.build.documents import genai_document, write_json
-from phirt.build.precision import LOSSLESS, Precision, check_precision
+from phirt.build.precision import Precision, check_precision
+from phirt.build.recipe import Quantization, Recipe
 from phirt.build.sources import Source, open_source
 from phirt.build.version import CONVERTER_VERSION
 from phirt.build.watched_checkpoint import WatchedCheckpoint
@@ -81,6 +85,8 @@ def convert(
     *,
     layout: str,
     precision: str,
+    quantization: Quantization | None = None,
+    half: bool = False,
     source_id: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> None:
@@ -93,6 +99,9 @@ def convert(
             (`phirt.models.store`).
         layout: ``"onnx-genai"``, ``"openvino"`` or ``"safetensors"``.
         precision: One that the layout can have (`FORMAT_PRECISIONS`).
+        quantization: How ``"int4"`` rounds; None for `Quantization`'s defaults. Calibration
+            keeps what it has rounded so far in a folder beside ``out_dir``.
+        half: Whether an ONNX graph computes in float16.
         source_id: Identity of the source's weights, where it is known.
         progress: Called for every tensor.
 
@@ -103,72 +112,92 @@ def convert(
         FileExistsError: The folder is not empty.
         ValueError: There is no such precision.
     """
-    chosen = check_precision(layout, precision)
+    recipe = Recipe(check_precision(layout, precision), quantization or Quantization(), half=half)
     if any(out_dir.iterdir()):
         raise FileExistsError(f"The folder {out_dir} is not empty; an artifact needs its own.")
-    with open_source(source, source_id=source_id) as opened:
-        watched = WatchedCheckpoint(opened.checkpoint, progress)
-        rounding = rounding_of(layout, chosen)
-        with canary_beside(opened.checkpoint, opened.encode, rounding) as wait_for_canary:
-            packages = _WRITERS[layout](opened, watched, out_dir, chosen)
+    with open_source(source, source_id=source_id) as opened, _scratch(out_dir) as scratch:
+        checkpoint = opened.checkpoint
+        recipe = replace(recipe, quantization=recipe.quantization.for_decoder(checkpoint.config))
+        if recipe.precision is Precision.INT4 and recipe.quantization.calibrate:
+            # Imported here: few conversions calibrate.
+            from phirt.build.calibration import calibrate, calibration_tokens
+
+            token_ids = calibration_tokens(opened.encode, checkpoint.config)
+            rounded = calibrate(checkpoint, recipe, token_ids, scratch, progress=progress)
+            recipe = replace(recipe, calibrated=rounded)
+        watched = WatchedCheckpoint(checkpoint, progress)
+        rounding = rounding_of(layout, recipe)
+        with canary_beside(checkpoint, opened.encode, rounding) as wait_for_canary:
+            packages = _WRITERS[layout](opened, watched, out_dir, recipe)
             opened.write_text_files(out_dir)
             canary = wait_for_canary()
         if canary is not None:
             write_canary(out_dir, canary)
-        identity = f"{opened.source_id}:{layout}:{chosen}:{CONVERTER_VERSION}"
+        identity = f"{opened.source_id}:{layout}:{recipe.name}:{CONVERTER_VERSION}"
         derived = "sha256:" + hashlib.sha256(identity.encode()).hexdigest()
         write_manifest(
             out_dir,
-            weights_id=opened.source_id if chosen in LOSSLESS else derived,
-            architecture=opened.checkpoint.config.architecture,
-            precision=str(chosen),
+            weights_id=opened.source_id if rounding is None else derived,
+            architecture=checkpoint.config.architecture,
+            precision=str(recipe.precision),
             source={"name": opened.name, "id": opened.source_id},
             versions={
                 "phirt": __version__,
                 "converter": str(CONVERTER_VERSION),
                 **{package: version(package) for package in (*opened.packages, *packages)},
             },
+            build={"engine": "phirt", "recipe": recipe.name},
         )
 
 
+@contextmanager
+def _scratch(out_dir: Path) -> Iterator[Path]:
+    """A folder beside another for the time of a conversion."""
+    with tempfile.TemporaryDirectory(
+        prefix=".phirt-", dir=out_dir.parent, ignore_cleanup_errors=True
+    ) as name:
+        yield Path(name)
+
+
 def _write_onnx(
-    source: Source, checkpoint: Checkpoint, out_dir: Path, precision: Precision
+    source: Source, checkpoint: Checkpoint, out_dir: Path, recipe: Recipe
 ) -> tuple[str, ...]:
     from phirt.build.onnx_decoder import write_decoder
 
     del source
     filename = "model.onnx"
-    write_decoder(checkpoint, out_dir / filename, precision=precision)
+    write_decoder(checkpoint, out_dir / filename, recipe=recipe)
     document = genai_document(checkpoint.config, filename=filename)
     write_json(out_dir / GENAI_CONFIG_NAME, document)
     return ("onnx",)
 
 
 def _write_openvino(
-    source: Source, checkpoint: Checkpoint, out_dir: Path, precision: Precision
+    source: Source, checkpoint: Checkpoint, out_dir: Path, recipe: Recipe
 ) -> tuple[str, ...]:
     from phirt.build.openvino_decoder import write_openvino
 
-    write_openvino(checkpoint, out_dir, precision=str(precision))
+    write_openvino(checkpoint, out_dir, recipe=recipe)
     source.write_config(out_dir)
     return ("openvino",)
 
 
 def _write_safetensors(
-    source: Source, checkpoint: Checkpoint, out_dir: Path, precision: Precision
+    source: Source, checkpoint: Checkpoint, out_dir: Path, recipe: Recipe
 ) -> tuple[str, ...]:
     from phirt.build.huggingface_config import config_document
     from phirt.build.safetensors_writer import write_safetensors
 
     del source
-    write_safetensors(checkpoint, out_dir / "model.safetensors", precision=str(precision))
+    precision = str(recipe.precision)
+    write_safetensors(checkpoint, out_dir / "model.safetensors", precision=precision)
     # Not the source's own: the tensors are in the precision and the names that it says.
-    document = config_document(checkpoint.config, precision=str(precision))
+    document = config_document(checkpoint.config, precision=precision)
     write_json(out_dir / "config.json", document)
     return ()
 
 
-_Writer = Callable[[Source, Checkpoint, Path, Precision], tuple[str, ...]]
+_Writer = Callable[[Source, Checkpoint, Path, Recipe], tuple[str, ...]]
 # Each writes weights and configuration, and names the packages that had a part in it. What a
 # writer needs is imported when it runs, so that one extra is enough for one backend.
 _WRITERS: Mapping[str, _Writer] = MappingProxyType(

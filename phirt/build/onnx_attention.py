@@ -180,5 +180,5 @@ class AttentionWriter:
 
     def _add_bias(self, x: str, tensors: list[str], *, name: str) -> str:
         biases = [self._checkpoint.tensor(tensor).float32() for tensor in tensors]
-        bias = self._graph.initializer(f"{name}.bias", np.concatenate(biases))
+        bias = self._graph.floats(f"{name}.bias", np.concatenate(biases))
         return self._graph.node("Add", [x, bias], name=name)

@@ -28,7 +28,8 @@ from phirt.build.onnx_graph import GraphBuilder
 from phirt.build.onnx_linear import LinearWriter
 from phirt.build.onnx_norm import NormWriter
 from phirt.build.onnx_rope import table_rows
-from phirt.build.precision import EMBEDDING, LM_HEAD, Precision, check_precision
+from phirt.build.precision import EMBEDDING, LM_HEAD, check_precision
+from phirt.build.recipe import Recipe
 from phirt.models.decoder_config import DecoderConfig
 
 __all__ = ["write_decoder"]
@@ -36,7 +37,7 @@ __all__ = ["write_decoder"]
 _INT64_MAX = np.iinfo(np.int64).max
 
 
-def write_decoder(checkpoint: Checkpoint, model_path: Path, *, precision: Precision) -> None:
+def write_decoder(checkpoint: Checkpoint, model_path: Path, *, recipe: Recipe) -> None:
     """Write a decoder: ``model_path`` and, beside it, its weights in ``NAME.data``.
 
     Weights are streamed: about one layer's fused matrix is in memory at a time.
@@ -44,18 +45,18 @@ def write_decoder(checkpoint: Checkpoint, model_path: Path, *, precision: Precis
     Args:
         checkpoint: Configuration and weights.
         model_path: The ONNX file to create; its folder exists and neither file does.
-        precision: How the weights are stored.
+        recipe: How the weights are stored, and what the graph computes in.
 
     Raises:
         UnsupportedModelError: The precision, the architecture, a size, or an encoding in this
             precision.
         FileExistsError: One of the files exists.
     """
-    check_precision("onnx-genai", precision)
+    check_precision("onnx-genai", recipe.precision)
     check_convertible(checkpoint.config, _pieces(checkpoint.config))
     with ExternalData(model_path.with_name(model_path.name + ".data")) as external:
-        graph = GraphBuilder("decoder", external)
-        _DecoderWriter(graph, checkpoint, precision).write()
+        graph = GraphBuilder("decoder", external, recipe.float_type)
+        _DecoderWriter(graph, checkpoint, recipe).write()
     graph.save(model_path, producer="phirt", producer_version=__version__)
 
 
@@ -71,11 +72,11 @@ def _pieces(config: DecoderConfig) -> dict[str, int]:
 class _DecoderWriter:
     """Writes one decoder, layer by layer."""
 
-    def __init__(self, graph: GraphBuilder, checkpoint: Checkpoint, precision: Precision) -> None:
+    def __init__(self, graph: GraphBuilder, checkpoint: Checkpoint, recipe: Recipe) -> None:
         self._graph = graph
         self._checkpoint = checkpoint
         self._config = checkpoint.config
-        self._linear = LinearWriter(graph, checkpoint, precision)
+        self._linear = LinearWriter(graph, checkpoint, recipe)
         self._norms = NormWriter(graph, checkpoint)
 
     def write(self) -> None:
@@ -115,15 +116,13 @@ class _DecoderWriter:
 
         # onnxruntime-genai takes logits as those of the last position if they are declared
         # as one; a run that keeps more yields more, which ONNX Runtime allows.
-        graph.output("logits", np.float32, ["batch_size", 1, config.vocab_size])
+        float_type = graph.float_type
+        graph.output("logits", float_type, ["batch_size", 1, config.vocab_size])
         for layer in range(config.num_layers):
             for part in ("key", "value"):
-                graph.input(
-                    f"past_key_values.{layer}.{part}",
-                    np.float32,
-                    cache("past_sequence_length"),
-                )
-                graph.output(f"present.{layer}.{part}", np.float32, cache("total_sequence_length"))
+                past, present = f"past_key_values.{layer}.{part}", f"present.{layer}.{part}"
+                graph.input(past, float_type, cache("past_sequence_length"))
+                graph.output(present, float_type, cache("total_sequence_length"))
         return token_ids, mask
 
     def _embed(self, token_ids: str) -> str:
@@ -131,7 +130,7 @@ class _DecoderWriter:
         if self._config.embedding_scale == 1:
             return embedded
         scale = np.array(self._config.embedding_scale, np.float32)
-        factor = self._graph.initializer("embedding_scale", scale)
+        factor = self._graph.floats("embedding_scale", scale)
         return self._graph.node("Mul", [embedded, factor], name="/model/embed_tokens/scaled")
 
     def _write_layer(self, layer: int, hidden: str, residual: str) -> tuple[str, str]:

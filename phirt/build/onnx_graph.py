@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 
 from phirt.build.onnx_external import ExternalData
+from phirt.errors import UnsupportedModelError
+from phirt.types import FloatArray
 
 __all__ = ["GraphBuilder"]
 
@@ -29,11 +31,21 @@ class GraphBuilder:
     Args:
         name: The graph's name.
         external: Receives the bytes of every initializer that is not tiny.
+        float_type: What the graph computes in.
+
+    Attributes:
+        float_type: What the graph computes in.
     """
 
-    def __init__(self, name: str, external: ExternalData) -> None:
+    def __init__(
+        self,
+        name: str,
+        external: ExternalData,
+        float_type: type[np.float32] | type[np.float16] = np.float32,
+    ) -> None:
         self._name = name
         self._external = external
+        self.float_type = float_type
         self._nodes: list[onnx.NodeProto] = []
         self._initializers: dict[str, onnx.TensorProto] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
@@ -96,6 +108,22 @@ class GraphBuilder:
         else:
             self._add_initializer(self._write(name, array))
         return name
+
+    def floats(self, name: str, array: FloatArray) -> str:
+        """Add a constant, as `initializer` does, in what the graph computes in.
+
+        Raises:
+            UnsupportedModelError: A value is beyond the largest of that type.
+        """
+        with np.errstate(over="ignore"):
+            converted = array.astype(self.float_type, copy=False)
+        if self.float_type is np.float16 and not np.isfinite(converted).all():
+            raise UnsupportedModelError(
+                f"{name} holds {float(np.abs(array).max()):,.0f}, beyond the largest number of "
+                "float16, in which the graph was to compute. Use precision='fp32', or 'int8' or "
+                "'int4' for device 'cpu'."
+            )
+        return self.initializer(name, converted)
 
     def _write(self, name: str, array: NDArray[Any]) -> onnx.TensorProto:
         extent = self._external.append(array)

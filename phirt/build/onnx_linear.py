@@ -20,6 +20,7 @@ from phirt.build.onnx_graph import GraphBuilder
 from phirt.build.onnx_precision import StoredMatrix, encode
 from phirt.build.precision import Precision
 from phirt.build.quantize import QuantizedMatrix, concatenate_rows
+from phirt.build.recipe import Recipe
 from phirt.build.repack import fold_offsets, split_bytes
 
 __all__ = ["LinearWriter"]
@@ -35,11 +36,13 @@ class _SharedTable:
     Attributes:
         node: The embedding's node, after which its weights are named.
         shape: Shape in which MatMulNBits takes its values; None where they are floats.
+        has_zero_points: Whether it has zero points, too.
         attributes: MatMulNBits' attributes.
     """
 
     node: str
     shape: tuple[int, ...] | None = None
+    has_zero_points: bool = False
     attributes: Mapping[str, int] = field(default_factory=dict)
 
 
@@ -49,14 +52,14 @@ class LinearWriter:
     Args:
         graph: Receives nodes and weights.
         checkpoint: The weights.
-        precision: How they are stored.
+        recipe: How they are stored.
     """
 
-    def __init__(self, graph: GraphBuilder, checkpoint: Checkpoint, precision: Precision) -> None:
+    def __init__(self, graph: GraphBuilder, checkpoint: Checkpoint, recipe: Recipe) -> None:
         self._graph = graph
         self._checkpoint = checkpoint
-        self._precision = precision
-        self._is_exact = precision is Precision.EXACT
+        self._recipe = recipe
+        self._is_exact = recipe.precision is Precision.EXACT
         self._shared: dict[str, _SharedTable] = {}  # by the embedding's tensor
         self._block_sums: dict[str, str] = {}  # value -> the sums of its blocks
         self._extended: dict[str, str] = {}  # value -> the value and the sums of its blocks
@@ -107,17 +110,22 @@ class LinearWriter:
             self._shared[tensor] = _SharedTable(name)
         elif not self._must_split(weights):
             self._shared[tensor] = _SharedTable(
-                name, shape=weights.values.shape, attributes=self._nbits_attributes(weights)
+                name,
+                shape=weights.values.shape,
+                has_zero_points=weights.zero_points is not None,
+                attributes=self._nbits_attributes(weights),
             )
         if not isinstance(weights, QuantizedMatrix):
-            table = self._graph.initializer(f"{name}.weight", weights)
+            table = self._graph.floats(f"{name}.weight", weights)
             return self._graph.node("Gather", [table, token_ids], name=name, axis=0)
         rows = weights.values.reshape(weights.rows, -1)
         table = self._graph.initializer(f"{name}.quantized", rows)
-        scales = self._graph.initializer(f"{name}.scales", weights.scales)
+        inputs = [table, token_ids, self._graph.floats(f"{name}.scales", weights.scales)]
+        if weights.zero_points is not None:
+            inputs.append(self._graph.initializer(f"{name}.zero_points", weights.zero_points))
         return self._graph.contrib(
             "GatherBlockQuantized",
-            [table, token_ids, scales],
+            inputs,
             name=name,
             bits=weights.bits,
             block_size=weights.block_size,
@@ -144,13 +152,15 @@ class LinearWriter:
                 f"{name}.quantized", f"{table.node}.quantized", table.shape
             )
             inputs = [x, values, f"{table.node}.scales"]
+            if table.has_zero_points:
+                inputs.append(f"{table.node}.zero_points")
             self._graph.contrib("MatMulNBits", inputs, [output], name=name, **table.attributes)
 
     def _must_split(self, weights: QuantizedMatrix) -> bool:
         return weights.bits == 8 and self._is_exact
 
     def _load(self, tensor: str) -> StoredMatrix:
-        return encode(self._checkpoint.tensor(tensor), self._precision)
+        return encode(self._checkpoint.tensor(tensor), self._recipe)
 
     def _multiply(
         self, x: str, weights: StoredMatrix, *, name: str, output: str | None = None
@@ -158,7 +168,7 @@ class LinearWriter:
         graph = self._graph
         if not isinstance(weights, QuantizedMatrix):
             return self._matmul(
-                x, graph.initializer(f"{name}.weight", weights), name=name, output=output
+                x, graph.floats(f"{name}.weight", weights), name=name, output=output
             )
         if weights.offsets is not None:
             folded = None if self._is_exact else fold_offsets(weights)
@@ -166,7 +176,7 @@ class LinearWriter:
                 extended = self._extend_by_block_sums(x, weights)
                 return self._multiply(extended, folded, name=name, output=output)
             plain = self._multiply(x, replace(weights, offsets=None), name=f"{name}/blocks")
-            offsets = graph.initializer(f"{name}.offsets", weights.offsets)
+            offsets = graph.floats(f"{name}.offsets", weights.offsets)
             shift = self._matmul(self._sum_blocks(x, weights), offsets, name=f"{name}/offsets")
             return graph.node("Add", [plain, shift], output and [output], name=name)
         if self._must_split(weights):
@@ -175,7 +185,7 @@ class LinearWriter:
         inputs = [
             x,
             graph.initializer(f"{name}.quantized", weights.values),
-            graph.initializer(f"{name}.scales", weights.scales),
+            graph.floats(f"{name}.scales", weights.scales),
         ]
         if weights.zero_points is not None:
             inputs.append(graph.initializer(f"{name}.zero_points", weights.zero_points))

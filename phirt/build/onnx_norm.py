@@ -50,4 +50,4 @@ class NormWriter:
 
     def _weight(self, tensor: str) -> str:
         weight: FloatArray = self._checkpoint.tensor(tensor).float32()
-        return self._graph.initializer(tensor, weight + self._offset if self._offset else weight)
+        return self._graph.floats(tensor, weight + self._offset if self._offset else weight)

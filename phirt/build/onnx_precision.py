@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TypeAlias
 
+import numpy as np
+
 from phirt.build.checkpoint import CheckpointTensor
-from phirt.build.precision import EMBEDDING, Precision, is_sensitive
+from phirt.build.precision import EMBEDDING, Precision
 from phirt.build.quantize import QuantizedMatrix, quantize_int4, quantize_int8
-from phirt.build.repack import BELOW_8_BITS, EXACT_ENCODINGS, folding_error, repack
+from phirt.build.recipe import Recipe
+from phirt.build.repack import EXACT_ENCODINGS, folding_error, repack
 from phirt.errors import UnsupportedModelError
 from phirt.types import FloatArray
 
@@ -17,56 +21,65 @@ __all__ = ["StoredMatrix", "encode", "rounded"]
 StoredMatrix: TypeAlias = FloatArray | QuantizedMatrix
 """A matrix as floats, or in blocks of integers."""
 
+_FLOATS = frozenset({Precision.FP32, Precision.FP16})
 _FLOAT_ENCODINGS = frozenset({"F32", "F16", "BF16"})
 
 # By preference. At 32 the scales (and the block sums that ONNX Runtime adds to them) are a
 # fifth of what a decode step reads of 8-bit weights; 64 halves that, for a KL of 0.003.
-# 4-bit weights need the finer blocks.
 _INT8_BLOCK_SIZES = (64, 32)
-_INT4_BLOCK_SIZES = (32,)
 
 
-def encode(tensor: CheckpointTensor, precision: Precision) -> StoredMatrix:
-    """Read a matrix in the form that a precision gives it.
+def encode(tensor: CheckpointTensor, recipe: Recipe) -> StoredMatrix:
+    """Read a matrix in the form that a recipe gives it.
 
     Args:
         tensor: The matrix, (out, in), or some of its rows: what becomes of a row does not
             depend on the others.
-        precision: The precision.
+        recipe: The recipe. Matrices that it has calibrated are taken from there, whole.
 
     Raises:
         UnsupportedModelError: The precision cannot hold it.
     """
-    if precision is Precision.FP32:
+    precision = recipe.precision
+    if precision in _FLOATS:
         return tensor.float32()
     if precision is Precision.EXACT:
         return _encode_exact(tensor)
+    if tensor.name in recipe.calibrated:
+        return recipe.calibrated[tensor.name]
     if precision is Precision.INT4:
-        if tensor.encoding in BELOW_8_BITS:
+        if recipe.keeps_own_blocks(tensor):
             own = repack(tensor.encoding, tensor.blocks())
             # Rows of the embedding are gathered, which knows no offsets.
             if own.offsets is None or tensor.name != EMBEDDING:
                 return own
-        if not is_sensitive(tensor.name):
+        if recipe.rounds_to_4_bits(tensor):
+            chosen = recipe.quantization
             return quantize_int4(
-                tensor.float32(), block_size=_block_size(tensor, _INT4_BLOCK_SIZES)
+                tensor.float32(),
+                block_size=_block_size(tensor, (chosen.block_size,)),
+                symmetric=chosen.symmetric,
             )
     return quantize_int8(tensor.float32(), block_size=_block_size(tensor, _INT8_BLOCK_SIZES))
 
 
-def rounded(tensor: CheckpointTensor, precision: Precision) -> FloatArray:
+def rounded(tensor: CheckpointTensor, recipe: Recipe, first_row: int = 0) -> FloatArray:
     """The weights that the graph multiplies by, of shape (rows, columns).
 
     Args:
         tensor: A matrix, or some of its rows.
-        precision: How it is stored.
+        recipe: How it is stored.
+        first_row: The row of the whole matrix that is its first.
 
     Raises:
         UnsupportedModelError: The precision cannot hold it.
     """
-    stored = encode(tensor, precision)
+    stored = encode(tensor, recipe)
     if not isinstance(stored, QuantizedMatrix):
-        return stored
+        return stored.astype(recipe.float_type).astype(np.float32)
+    if tensor.name in recipe.calibrated:
+        stored = stored.take(first_row, first_row + tensor.shape[0])
+    stored = replace(stored, scales=stored.scales.astype(recipe.float_type).astype(np.float32))
     if stored.offsets is None:
         return stored.dequantize()
     error = folding_error(stored)

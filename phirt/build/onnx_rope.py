@@ -52,12 +52,12 @@ class RopeWriter:
         boundary = _boundary(rope, length)
         if boundary is None:
             for name, table in zip(names, rope.tables(length), strict=True):
-                self._graph.initializer(name, table)
+                self._graph.floats(name, table)
             return names
         short, long = rope.tables(boundary), rope.tables(length, "long")
         first, end = self._write_rows(boundary, suffix)
         for name, *parts in zip(names, short, long, strict=True):
-            both = self._graph.initializer(f"{name}_short_and_long", np.concatenate(parts))
+            both = self._graph.floats(f"{name}_short_and_long", np.concatenate(parts))
             rows = [both, first, end, self._graph.constant([0])]
             self._graph.node("Slice", rows, [name], name=f"/model/rope{suffix}/{name}")
         return names

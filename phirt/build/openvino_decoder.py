@@ -18,6 +18,7 @@ from phirt.build.limits import check_convertible
 from phirt.build.openvino_attention import AttentionWriter, rms_norm
 from phirt.build.openvino_weights import MatrixWriter, ScratchFile
 from phirt.build.precision import EMBEDDING, LM_HEAD, Precision, check_precision
+from phirt.build.recipe import Recipe
 from phirt.models.decoder_config import DecoderConfig
 
 ov = import_openvino()
@@ -26,7 +27,7 @@ ops = ov.opset13
 __all__ = ["write_openvino"]
 
 
-def write_openvino(checkpoint: Checkpoint, out_dir: Path, *, precision: str) -> None:
+def write_openvino(checkpoint: Checkpoint, out_dir: Path, *, recipe: Recipe) -> None:
     """Write a decoder: ``openvino_model.xml`` and its weights, ``openvino_model.bin``.
 
     Weights are streamed: about one matrix is in memory at a time. While it runs, the folder
@@ -35,14 +36,14 @@ def write_openvino(checkpoint: Checkpoint, out_dir: Path, *, precision: str) -> 
     Args:
         checkpoint: Configuration and weights.
         out_dir: The folder; it exists, and neither file does.
-        precision: ``"fp32"``, ``"fp16"``, ``"exact"``, ``"int8"`` or ``"int4"``.
+        recipe: How the weights are stored: in one of `FORMAT_PRECISIONS`.
 
     Raises:
-        UnsupportedModelError: The architecture, a size, or an encoding in this precision.
+        UnsupportedModelError: The precision, the architecture, a size, or an encoding in this
+            precision.
         FileExistsError: One of the files exists.
-        ValueError: There is no such precision.
     """
-    chosen = check_precision("openvino", precision)
+    check_precision("openvino", recipe.precision)
     check_convertible(checkpoint.config, _pieces(checkpoint.config))
     xml = out_dir / "openvino_model.xml"
     for path in (xml, xml.with_suffix(".bin")):
@@ -50,7 +51,7 @@ def write_openvino(checkpoint: Checkpoint, out_dir: Path, *, precision: str) -> 
             raise FileExistsError(f"{path} exists; phirt overwrites no model.")
     with ScratchFile(out_dir / "openvino_model.bin.part") as scratch:
         # Only the call below refers to the graph, which maps the scratch file.
-        ov.serialize(_graph(checkpoint, MatrixWriter(checkpoint, chosen, scratch), chosen), xml)
+        ov.serialize(_graph(checkpoint, MatrixWriter(checkpoint, recipe, scratch), recipe), xml)
 
 
 def _pieces(config: DecoderConfig) -> dict[str, int]:
@@ -61,7 +62,7 @@ def _pieces(config: DecoderConfig) -> dict[str, int]:
     }
 
 
-def _graph(checkpoint: Checkpoint, matrices: MatrixWriter, precision: Precision) -> Any:
+def _graph(checkpoint: Checkpoint, matrices: MatrixWriter, recipe: Recipe) -> Any:
     config = checkpoint.config
     inputs = {
         name: _input(name, axes)
@@ -84,7 +85,7 @@ def _graph(checkpoint: Checkpoint, matrices: MatrixWriter, precision: Precision)
     result = ops.result(logits)
     result.get_output_tensor(0).set_names({"logits"})
     model = ov.Model([result], attention.sinks, list(inputs.values()), "decoder")
-    if precision is Precision.EXACT:
+    if recipe.precision is Precision.EXACT:
         # Plugins multiply integer weights by activations rounded to 8 bits, unless told not to.
         model.set_rt_info("0", ["runtime_options", "DYNAMIC_QUANTIZATION_GROUP_SIZE"])
     return model

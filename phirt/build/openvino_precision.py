@@ -9,16 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phirt.build.checkpoint import CheckpointTensor
-from phirt.build.precision import Precision, is_sensitive
+from phirt.build.precision import Precision
 from phirt.build.quantize import QuantizedMatrix, quantize_int4, quantize_int8, split_nibbles
-from phirt.build.repack import BELOW_8_BITS, EXACT_ENCODINGS, repack
+from phirt.build.recipe import Quantization, Recipe
+from phirt.build.repack import EXACT_ENCODINGS, repack
 from phirt.errors import UnsupportedModelError
 from phirt.types import FloatArray
 
 __all__ = ["IntegerMatrix", "encode", "rounded"]
 
 _FLOAT_ENCODINGS = frozenset({"F32", "F16", "BF16"})
-_INT4_BLOCK_SIZE = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,45 +52,51 @@ class IntegerMatrix:
 
 
 def encode(
-    tensor: CheckpointTensor, precision: Precision
+    tensor: CheckpointTensor, recipe: Recipe
 ) -> FloatArray | NDArray[np.float16] | IntegerMatrix:
-    """Read a matrix in the form that a precision gives it.
+    """Read a matrix in the form that a recipe gives it.
 
     Args:
         tensor: The matrix, (out, in), or some of its rows: what becomes of a row does not
             depend on the others.
-        precision: The precision.
+        recipe: The recipe. Matrices that it has calibrated are taken from there, whole.
 
     Raises:
         UnsupportedModelError: The precision cannot hold it.
     """
-    match precision:
+    match recipe.precision:
         case Precision.FP32:
             return tensor.float32()
         case Precision.FP16:
             return tensor.float32().astype(np.float16)
         case Precision.EXACT:
             return _encode_exact(tensor)
-        case Precision.INT4 if tensor.encoding in BELOW_8_BITS:
+        case Precision.INT4 if tensor.name in recipe.calibrated:
+            matrix = recipe.calibrated[tensor.name]
+        case Precision.INT4 if recipe.keeps_own_blocks(tensor):
             return _encode_exact(tensor)
-        case Precision.INT4 if not is_sensitive(tensor.name):
-            _check_block_size(tensor)
-            return _integers(quantize_int4(tensor.float32(), block_size=_INT4_BLOCK_SIZE))
-    # One scale a row: what OpenVINO multiplies by most quickly.
-    return _integers(quantize_int8(tensor.float32(), block_size=tensor.shape[-1]))
+        case Precision.INT4 if recipe.rounds_to_4_bits(tensor):
+            matrix = _quantize_int4(tensor, recipe.quantization)
+        case _:  # One scale a row: what OpenVINO multiplies by most quickly.
+            matrix = quantize_int8(tensor.float32(), block_size=tensor.shape[-1])
+    return _integers(matrix)
 
 
-def rounded(tensor: CheckpointTensor, precision: Precision) -> FloatArray:
+def rounded(tensor: CheckpointTensor, recipe: Recipe, first_row: int = 0) -> FloatArray:
     """The weights that the graph multiplies by, of shape (rows, columns).
 
     Args:
         tensor: A matrix, or some of its rows.
-        precision: How it is stored.
+        recipe: How it is stored.
+        first_row: The row of the whole matrix that is its first.
 
     Raises:
         UnsupportedModelError: The precision cannot hold it.
     """
-    stored = encode(tensor, precision)
+    if tensor.name in recipe.calibrated:
+        whole = recipe.calibrated[tensor.name]
+        return whole.take(first_row, first_row + tensor.shape[0]).dequantize()
+    stored = encode(tensor, recipe)
     if isinstance(stored, IntegerMatrix):
         return stored.dequantize()
     return stored.astype(np.float32)
@@ -108,13 +114,14 @@ def _encode_exact(tensor: CheckpointTensor) -> FloatArray | IntegerMatrix:
     )
 
 
-def _check_block_size(tensor: CheckpointTensor) -> None:
-    if tensor.shape[-1] % _INT4_BLOCK_SIZE:
+def _quantize_int4(tensor: CheckpointTensor, chosen: Quantization) -> QuantizedMatrix:
+    if tensor.shape[-1] % chosen.block_size:
         raise UnsupportedModelError(
             f"Tensor {tensor.name!r} has {tensor.shape[-1]:,} columns, which blocks of "
-            f"{_INT4_BLOCK_SIZE} do not divide, so that it cannot be stored in 4 bits. "
-            "Use precision='int8'."
+            f"{chosen.block_size} do not divide, so that it cannot be stored in 4 bits. "
+            "Use precision='int8', or a smaller block size."
         )
+    return quantize_int4(tensor.float32(), block_size=chosen.block_size, symmetric=chosen.symmetric)
 
 
 def _integers(matrix: QuantizedMatrix) -> IntegerMatrix:

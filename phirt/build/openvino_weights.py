@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from phirt.backends.openvino.runtime import import_openvino
 from phirt.build.checkpoint import Checkpoint, CheckpointTensor
 from phirt.build.openvino_precision import IntegerMatrix, encode
-from phirt.build.precision import Precision
+from phirt.build.recipe import Recipe
 
 ov = import_openvino()
 ops = ov.opset13
@@ -64,13 +64,13 @@ class MatrixWriter:
 
     Args:
         checkpoint: The weights.
-        precision: How they are stored.
+        recipe: How they are stored.
         scratch: Receives them.
     """
 
-    def __init__(self, checkpoint: Checkpoint, precision: Precision, scratch: ScratchFile) -> None:
+    def __init__(self, checkpoint: Checkpoint, recipe: Recipe, scratch: ScratchFile) -> None:
         self._checkpoint = checkpoint
-        self._precision = precision
+        self._recipe = recipe
         self._scratch = scratch
         self._tables: dict[str, Any] = {}  # weights that two nodes share, by tensor
 
@@ -106,7 +106,7 @@ class MatrixWriter:
         return self._tables[tensor]
 
     def _weights(self, tensor: CheckpointTensor) -> Any:
-        matrix = encode(tensor, self._precision)
+        matrix = encode(tensor, self._recipe)
         if isinstance(matrix, IntegerMatrix):
             return self._decompress(matrix, tensor.name)
         constant = self._constant(matrix, name=tensor.name)

@@ -15,16 +15,12 @@ __all__ = [
     "LOSSLESS",
     "Precision",
     "check_precision",
-    "is_sensitive",
 ]
 
 EMBEDDING = "model.embed_tokens.weight"
 """Name of the embedding in a checkpoint."""
 LM_HEAD = "lm_head.weight"
 """Name of the LM head, where it is not the embedding."""
-
-# Queries, keys and values caused half of the KL of SmolLM2 in 4 bits.
-_SENSITIVE = (EMBEDDING, LM_HEAD, "q_proj.weight", "k_proj.weight", "v_proj.weight")
 
 
 class Precision(StrEnum):
@@ -39,7 +35,8 @@ class Precision(StrEnum):
         INT8: 8-bit blocks. ONNX graphs round activations to 8 bits as well.
         INT4: The checkpoint's own blocks where they have 4 bits, and where they have 5 or 6,
             in 8. What has more is rounded: queries, keys, values, embedding and LM head to
-            8 bits, the rest to 4. Activations are rounded to 8 bits.
+            8 bits, the rest to 4, unless a `phirt.build.recipe.Quantization` says otherwise.
+            Activations are rounded to 8 bits.
     """
 
     FP32 = "fp32"
@@ -55,7 +52,13 @@ LOSSLESS = (Precision.FP32, Precision.EXACT)
 
 FORMAT_PRECISIONS: Mapping[str, tuple[Precision, ...]] = MappingProxyType(
     {
-        "onnx-genai": (Precision.FP32, Precision.EXACT, Precision.INT8, Precision.INT4),
+        "onnx-genai": (
+            Precision.FP32,
+            Precision.FP16,
+            Precision.EXACT,
+            Precision.INT8,
+            Precision.INT4,
+        ),
         "openvino": (
             Precision.FP32,
             Precision.FP16,
@@ -67,11 +70,6 @@ FORMAT_PRECISIONS: Mapping[str, tuple[Precision, ...]] = MappingProxyType(
     }
 )
 """The layouts that phirt writes, each with the precisions that it can have there."""
-
-
-def is_sensitive(tensor: str) -> bool:
-    """Whether to round the matrix of that name to 4 bits costs so much that it gets 8."""
-    return tensor.endswith(_SENSITIVE)
 
 
 def check_precision(layout: str, precision: str) -> Precision:

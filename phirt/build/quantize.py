@@ -13,6 +13,7 @@ one (Q4_1, whose block minimum is any float) is multiplied as
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, TypeVar
@@ -25,11 +26,14 @@ from phirt.types import FloatArray
 __all__ = [
     "QuantizedMatrix",
     "concatenate_rows",
+    "pack_int4",
     "pack_nibbles",
     "quantize_int4",
     "quantize_int8",
     "quantize_symmetric_int4",
     "reciprocal",
+    "round_to_steps",
+    "search_scales",
     "split_nibbles",
 ]
 
@@ -69,6 +73,16 @@ class QuantizedMatrix:
     def rows(self) -> int:
         """Rows of the matrix: output features."""
         return len(self.scales)
+
+    def take(self, start: int, stop: int) -> QuantizedMatrix:
+        """Rows ``start`` to ``stop - 1``."""
+        return replace(
+            self,
+            values=self.values[start:stop],
+            scales=self.scales[start:stop],
+            zero_points=None if self.zero_points is None else self.zero_points[start:stop],
+            offsets=None if self.offsets is None else self.offsets[start:stop],
+        )
 
     @property
     def columns(self) -> int:
@@ -123,17 +137,86 @@ def quantize_int8(weights: FloatArray, *, block_size: int) -> QuantizedMatrix:
     return _in_row_chunks(weights, block_size, _quantize_int8)
 
 
-def quantize_int4(weights: FloatArray, *, block_size: int) -> QuantizedMatrix:
+def quantize_int4(
+    weights: FloatArray, *, block_size: int, symmetric: bool = False
+) -> QuantizedMatrix:
     """Round to 16 levels, with the scale of least squared error that a search finds, per block.
-
-    The zero point is that of the block's range. Candidates step by a fraction of the range;
-    the scale that fits a candidate's integers best follows by least squares.
 
     Args:
         weights: Shape (rows, columns), columns a multiple of ``block_size``.
         block_size: Columns that share a scale and a zero point.
+        symmetric: Whether the zero point is 8 everywhere; else it is that of the block's range.
     """
-    return _in_row_chunks(weights, block_size, _quantize_int4)
+
+    def quantize(blocks: FloatArray) -> QuantizedMatrix:
+        scales, zero = search_scales(blocks, symmetric=symmetric)
+        steps = round_to_steps(blocks, reciprocal(scales), zero)
+        return pack_int4(steps, scales, None if symmetric else zero)
+
+    return _in_row_chunks(weights, block_size, quantize)
+
+
+def search_scales(
+    blocks: FloatArray, *, symmetric: bool, importance: FloatArray | None = None
+) -> tuple[FloatArray, FloatArray]:
+    """The scales and zero points with which rounding to 4 bits costs least, per block.
+
+    Candidates step by a fraction of the block's range; the scale that fits a candidate's
+    integers best follows by least squares.
+
+    Args:
+        blocks: Shape (rows, blocks, block size).
+        symmetric: Whether the zero point is 8 everywhere.
+        importance: What the squared error of each column of a block counts, shape (block
+            size,); None for 1.
+
+    Returns:
+        Scales and zero points, each (rows, blocks).
+    """
+    if symmetric:
+        furthest = np.abs(blocks).argmax(axis=-1)[:, :, None]
+        peak = np.take_along_axis(blocks, furthest, axis=-1)[:, :, 0]
+        # There are 8 levels on one side and 7 on the other: the peak may lie on either.
+        steps = [peak / np.float32(levels) for levels in (-8, 7)]
+        zero = np.full(peak.shape, 8, np.float32)
+    else:
+        low = np.minimum(blocks.min(axis=-1), 0)  # Zero lies in the range: a zero point needs it.
+        high = np.maximum(blocks.max(axis=-1), 0)
+        steps = [(high - low) / 15]
+        zero = np.rint(-low * reciprocal(steps[0]))
+    weighted = blocks if importance is None else blocks * importance
+    best_gain = np.full(zero.shape, -1, np.float32)
+    best_scale = np.zeros_like(zero)
+    for fraction, step in itertools.product(_RANGE_FRACTIONS, steps):
+        rounded = round_to_steps(blocks, reciprocal(step * fraction), zero)
+        # Least squares: with the best scale p / e for these integers, the squared error is
+        # |blocks|^2 - p^2 / e, where p = steps . blocks and e = steps . steps.
+        product = np.einsum("rbi,rbi->rb", rounded, weighted)
+        counted = rounded if importance is None else rounded * importance
+        scale = product * reciprocal(np.einsum("rbi,rbi->rb", rounded, counted))
+        gain = product * scale
+        better = gain > best_gain
+        best_gain = np.where(better, gain, best_gain)
+        best_scale = np.where(better, scale, best_scale)
+    return best_scale, zero
+
+
+def pack_int4(steps: FloatArray, scales: FloatArray, zero: FloatArray | None) -> QuantizedMatrix:
+    """A matrix of 4 bits from its parts.
+
+    Args:
+        steps: ``q - zero``, shape (rows, blocks, block size).
+        scales: Shape (rows, blocks).
+        zero: Zero points, shape (rows, blocks); None for 8 everywhere.
+    """
+    shift = np.float32(8) if zero is None else zero[:, :, None]
+    return QuantizedMatrix(
+        bits=4,
+        block_size=steps.shape[-1],
+        values=pack_nibbles((steps + shift).astype(np.uint8)),
+        scales=scales,
+        zero_points=None if zero is None else pack_nibbles(zero.astype(np.uint8)),
+    )
 
 
 def _in_row_chunks(
@@ -177,33 +260,6 @@ def _largest(blocks: FloatArray) -> FloatArray:
 _RANGE_FRACTIONS = np.linspace(0.7, 1.2, 11, dtype=np.float32)
 
 
-def _quantize_int4(blocks: FloatArray) -> QuantizedMatrix:
-    low = np.minimum(blocks.min(axis=-1), 0)  # Zero lies in the range: a zero point needs it.
-    high = np.maximum(blocks.max(axis=-1), 0)
-    step = (high - low) / 15
-    zero = np.rint(-low * reciprocal(step))
-    best_gain = np.full(low.shape, -1, np.float32)
-    best_scale = np.zeros_like(low)
-    for fraction in _RANGE_FRACTIONS:
-        steps = _round_int4(blocks, reciprocal(step * fraction), zero)
-        # Least squares: with the best scale p / e for these integers, the squared error is
-        # |blocks|^2 - p^2 / e, where p = steps . blocks and e = steps . steps.
-        product = np.einsum("rbi,rbi->rb", steps, blocks)
-        scale = product * reciprocal(np.einsum("rbi,rbi->rb", steps, steps))
-        gain = product * scale
-        better = gain > best_gain
-        best_gain = np.where(better, gain, best_gain)
-        best_scale = np.where(better, scale, best_scale)
-    steps = _round_int4(blocks, reciprocal(best_scale), zero)
-    return QuantizedMatrix(
-        bits=4,
-        block_size=blocks.shape[-1],
-        values=pack_nibbles((steps + zero[:, :, None]).astype(np.uint8)),
-        scales=best_scale,
-        zero_points=pack_nibbles(zero.astype(np.uint8)),
-    )
-
-
 def quantize_symmetric_int4(blocks: FloatArray) -> QuantizedMatrix:
     """Round to -8..7 steps, the value furthest from zero being the -8th: as Q4_0 does.
 
@@ -221,7 +277,7 @@ def quantize_symmetric_int4(blocks: FloatArray) -> QuantizedMatrix:
     )
 
 
-def _round_int4(blocks: FloatArray, reciprocal: FloatArray, zero: FloatArray) -> FloatArray:
+def round_to_steps(blocks: FloatArray, reciprocal: FloatArray, zero: FloatArray) -> FloatArray:
     """The nearest ``q - zero`` with ``q`` in 0..15, as floats."""
     zero = zero[:, :, None]
     rounded: FloatArray = np.rint(blocks * reciprocal[:, :, None])

@@ -22,7 +22,9 @@ from phirt.types import FloatArray
 __all__ = [
     "BELOW_8_BITS",
     "EXACT_ENCODINGS",
+    "FOUR_BIT_ENCODINGS",
     "GGML_BLOCK_SIZE",
+    "SYMMETRIC_ENCODINGS",
     "fold_offsets",
     "folding_error",
     "repack",
@@ -213,6 +215,12 @@ Q5_1, Q4_K, Q5_K), and to the last bit where they have none."""
 
 BELOW_8_BITS = EXACT_ENCODINGS - {"Q8_0"}
 """Those of 4 bits, and those of 5 and 6: rounded to 8 they would lose and be no smaller."""
+
+FOUR_BIT_ENCODINGS = frozenset({"Q4_0", "Q4_1", "Q4_K"})
+"""Those of 4 bits."""
+
+SYMMETRIC_ENCODINGS = frozenset({"Q4_0", "Q5_0", "Q6_K", "Q8_0"})
+"""Those whose blocks have a scale and nothing else."""
 
 
 def repack(encoding: str, rows: NDArray[np.uint8]) -> QuantizedMatrix:

@@ -67,6 +67,7 @@ class Manifest:
         source: Where they came from: ``{"name": ..., "id": "sha256:..."}`` of what was
             converted, ``{"repository": ..., "revision": ...}`` of what was fetched.
         versions: Versions of what wrote the folder, by package name.
+        build: How it was made: ``{"engine": "phirt", ...}``; empty where nobody said.
         files: Every other file of the folder, by its path in it, with ``/``.
         name: What the user calls the model; None where nobody said.
         chat_template: `template_id` of the chat template at the time of the installation,
@@ -78,6 +79,7 @@ class Manifest:
     precision: str
     source: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, Any] = field(default_factory=dict)
+    build: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, FileRecord] = field(default_factory=dict)
     name: str | None = None
     chat_template: str | None = None
@@ -91,6 +93,7 @@ def write_manifest(
     precision: str,
     source: Mapping[str, Any],
     versions: Mapping[str, str],
+    build: Mapping[str, Any] | None = None,
     sha256: Mapping[str, str] | None = None,
 ) -> Manifest:
     """Write phirt.json, listing the files that are in the folder now. Call it last.
@@ -102,6 +105,7 @@ def write_manifest(
         precision: How the weights are stored.
         source: Where the weights came from; JSON values only.
         versions: Versions of what wrote the folder, by package name.
+        build: How it was made; JSON values only.
         sha256: Hashes of files whose content was checked as it was written, by path, so
             that installing them need not read them again.
     """
@@ -112,6 +116,7 @@ def write_manifest(
         precision=precision,
         source=source,
         versions=versions,
+        build=build or {},
         files={
             name: FileRecord((folder / name).stat().st_size, known.get(name))
             for name in _names_in(folder)
@@ -197,6 +202,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         precision=fields.string("precision", max_length=100),
         source=fields.mapping("source"),
         versions=fields.mapping("versions"),
+        build=fields.mapping("build"),
         files={
             name: _file_record(name, entry, path, version=version)
             for name, entry in fields.mapping("files").items()

@@ -12,9 +12,10 @@ import mmap
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from threading import Lock
-from typing import Any, BinaryIO, NoReturn, Self
+from typing import Any, NoReturn, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,7 +105,7 @@ class SafetensorsFolder:
         self._folder = folder
         self._closed = False
         self._lock = Lock()
-        self._files: dict[str, BinaryIO] = {}
+        self._files: dict[str, BufferedReader] = {}
         self._tensors: dict[str, _Tensor] = {}
         try:
             for file in files:

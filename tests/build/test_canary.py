@@ -18,6 +18,7 @@ from phirt.build.convert import convert
 from phirt.build.gguf.checkpoint import GgufCheckpoint
 from phirt.build.precision import EMBEDDING, FORMAT_PRECISIONS, LOSSLESS, Precision
 from phirt.build.quantize import QuantizedMatrix
+from phirt.build.recipe import Recipe
 from phirt.build.repack import fold_offsets
 from phirt.build.safetensors_checkpoint import SafetensorsCheckpoint
 from phirt.errors import ModelFormatError
@@ -54,12 +55,12 @@ def test_every_decoder_against_its_definition(name):
 def test_its_own_kl_is_that_of_a_checkpoint_of_the_rounded_weights(name, layout, precision):
     config = replace(DECODERS[name], hidden_size=64) if "gemma" in name else DECODERS[name]
     checkpoint = random_decoder(config)
-    rounding = rounding_of(layout, precision)
+    rounding = rounding_of(layout, Recipe(precision))
     assert rounding is not None
     found = compute_canary(checkpoint, TOKENS, rounding)
     rounded = random_decoder(config)
     for tensor in list(rounded.tensors):
-        rounded.put(tensor, rounding(checkpoint.tensor(tensor)), "F32")
+        rounded.put(tensor, rounding(checkpoint.tensor(tensor), 0), "F32")
     expected = mean_kl(
         make_canary(TOKENS, numpy_logits(checkpoint, TOKENS)[-8:].astype(np.float32)),
         numpy_logits(rounded, TOKENS)[-8:].astype(np.float32),
@@ -77,25 +78,25 @@ class TestRounding:
     @pytest.mark.parametrize("encoding", ["F32", "F16", "Q4_0", "Q4_1", "Q8_0"])
     def test_of_some_rows_is_some_rows_of_it(self, layout, precision, encoding):
         checkpoint = random_llama(encoding=encoding)
-        rounding = rounding_of(layout, precision)
+        rounding = rounding_of(layout, Recipe(precision))
         assert rounding is not None
         for name in (EMBEDDING, "model.layers.1.mlp.down_proj.weight"):
             tensor = checkpoint.tensor(name)
-            whole = rounding(tensor)
-            np.testing.assert_array_equal(rounding(tensor.rows(8, 24)), whole[8:24])
+            whole = rounding(tensor, 0)
+            np.testing.assert_array_equal(rounding(tensor.rows(8, 24), 8), whole[8:24])
             assert np.abs(whole - tensor.float32()).max() < 0.1
 
     def test_of_a_block_with_a_minimum_is_that_of_the_folded_matrix(self):
         """ONNX Runtime multiplies [x, block sums of x] by the folded matrix."""
         tensor = random_llama(encoding="Q4_1").tensor("model.layers.0.mlp.up_proj.weight")
-        own = onnx_precision.encode(tensor, Precision.INT4)
+        own = onnx_precision.encode(tensor, Recipe(Precision.INT4))
         assert isinstance(own, QuantizedMatrix)
         folded = fold_offsets(own)
         assert folded is not None
         x = np.random.default_rng(0).standard_normal((5, own.columns), dtype=np.float32)
         sums = x.reshape(5, -1, own.block_size).sum(-1)
         product = np.concatenate([x, sums], axis=-1) @ folded.dequantize().T
-        values = onnx_precision.rounded(tensor, Precision.INT4)
+        values = onnx_precision.rounded(tensor, Recipe(Precision.INT4))
         np.testing.assert_allclose(x @ values.T, product, atol=1e-4)
         assert np.abs(values - tensor.float32()).max() > 0
 
@@ -105,23 +106,23 @@ class TestRounding:
         out = tmp_path / "out"
         out.mkdir()
         convert(source, out, layout="safetensors", precision=precision)
-        rounding = rounding_of("safetensors", Precision(precision))
+        rounding = rounding_of("safetensors", Recipe(Precision(precision)))
         assert rounding is not None
         with SafetensorsCheckpoint(source) as checkpoint, SafetensorsFolder(out) as written:
             for name in written.names():
-                values = rounding(checkpoint.tensor(name))
+                values = rounding(checkpoint.tensor(name), 0)
                 np.testing.assert_array_equal(values, written.float32(name))
 
     def test_of_openvino_is_what_the_integers_stand_for(self):
         tensor = random_llama().tensor("model.layers.0.mlp.up_proj.weight")
         rows = np.abs(tensor.float32()).max(axis=-1, keepdims=True) / 127
         expected = np.rint(tensor.float32() / rows) * rows
-        found = openvino_precision.rounded(tensor, Precision.INT8)
+        found = openvino_precision.rounded(tensor, Recipe(Precision.INT8))
         np.testing.assert_allclose(found, expected, atol=1e-6)
 
     @pytest.mark.parametrize("layout", FORMAT_PRECISIONS)
     def test_is_nothing_where_nothing_is_lost(self, layout):
-        assert rounding_of(layout, Precision.FP32) is None
+        assert rounding_of(layout, Recipe(Precision.FP32)) is None
 
 
 class TestRows:
@@ -169,7 +170,7 @@ def test_a_matrix_is_never_in_memory_as_a_whole(monkeypatch):
         checkpoint.tensors[name] = Watched(
             tensor.name, tensor.shape, tensor.encoding, tensor.encoded
         )
-    rounding = rounding_of("onnx-genai", Precision.INT8)
+    rounding = rounding_of("onnx-genai", Recipe(Precision.INT8))
     found = compute_canary(checkpoint, TOKENS, rounding)
     assert found is not None
     assert expected is not None
@@ -252,7 +253,7 @@ class TestConversion:
         checkpoint = random_llama()
         with caplog.at_level(logging.WARNING):
             canary = compute_canary(
-                checkpoint, TOKENS, lambda tensor: np.full_like(tensor.float32(), np.inf)
+                checkpoint, TOKENS, lambda tensor, _: np.full_like(tensor.float32(), np.inf)
             )
         assert canary is not None
         assert canary.own_kl is None
@@ -275,10 +276,10 @@ class TestBesideAWriter:
         reading = threading.Event()
         values = canary_module._StreamedWeights._values
 
-        def slowly(self, tensor):
+        def slowly(self, tensor, first_row=0):
             reading.set()
             assert self._stop.wait(timeout=60)
-            return values(self, tensor)
+            return values(self, tensor, first_row)
 
         monkeypatch.setattr(canary_module._StreamedWeights, "_values", slowly)
 

@@ -13,6 +13,7 @@ from phirt.build import onnx_precision, openvino_precision
 from phirt.build.gguf.checkpoint import GgufCheckpoint
 from phirt.build.precision import Precision
 from phirt.build.quantize import QuantizedMatrix
+from phirt.build.recipe import Recipe
 from phirt.errors import ModelFormatError
 from tests.build.onnx.runtime import mean_kl
 from tests.build.onnx.runtime import written as written_onnx
@@ -84,15 +85,15 @@ def test_int4_rounds_no_weight_of_5_or_6_bits(case, name):
     with GgufCheckpoint(case.path) as checkpoint:
         tensor = checkpoint.tensor(name)
         values = tensor.float32()
-        stored = onnx_precision.encode(tensor, Precision.INT4)
+        stored = onnx_precision.encode(tensor, Recipe(Precision.INT4))
         assert isinstance(stored, QuantizedMatrix)
         assert stored.bits == (4 if tensor.encoding == "Q4_K" else 8)
         np.testing.assert_allclose(stored.dequantize(), values, rtol=0, atol=1e-6)
-        integers = openvino_precision.encode(tensor, Precision.INT4)
+        integers = openvino_precision.encode(tensor, Recipe(Precision.INT4))
         assert isinstance(integers, openvino_precision.IntegerMatrix)
         np.testing.assert_allclose(integers.dequantize(), values, rtol=0, atol=1e-6)
         if stored.bits == 8:
-            rounded = onnx_precision.rounded(tensor, Precision.INT4)
+            rounded = onnx_precision.rounded(tensor, Recipe(Precision.INT4))
             np.testing.assert_allclose(rounded, values, rtol=0, atol=1e-6)
 
 
@@ -100,8 +101,8 @@ def test_rows_of_a_matrix_are_encoded_as_they_are_in_the_whole(case):
     with GgufCheckpoint(case.path) as checkpoint:
         for name in (DOWN, "model.layers.0.self_attn.q_proj.weight"):
             tensor = checkpoint.tensor(name)
-            whole = onnx_precision.encode(tensor, Precision.EXACT)
-            some = onnx_precision.encode(tensor.rows(40, 56), Precision.EXACT)
+            whole = onnx_precision.encode(tensor, Recipe(Precision.EXACT))
+            some = onnx_precision.encode(tensor.rows(40, 56), Recipe(Precision.EXACT))
             assert isinstance(whole, QuantizedMatrix)
             assert isinstance(some, QuantizedMatrix)
             np.testing.assert_array_equal(some.values, whole.values[40:56])

@@ -13,6 +13,7 @@ import pytest
 from phirt.build.huggingface_config import config_document
 from phirt.build.onnx_decoder import write_decoder
 from phirt.build.precision import Precision
+from phirt.build.recipe import Recipe
 from phirt.build.safetensors_checkpoint import SafetensorsCheckpoint
 from phirt.build.safetensors_writer import write_safetensors
 from phirt.errors import PhirtError
@@ -71,7 +72,7 @@ def test_a_checkpoint(checkpoint_folder, name):
 @pytest.fixture
 def graph_folder(tmp_path):
     checkpoint = random_llama(replace(SMALL, vocab_size=64))  # Wide enough for a file of its own.
-    write_decoder(checkpoint, tmp_path / "model.onnx", precision=Precision.FP32)
+    write_decoder(checkpoint, tmp_path / "model.onnx", recipe=Recipe(Precision.FP32))
     return tmp_path
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from phirt.build.checkpoint import Checkpoint
 from phirt.build.onnx_decoder import write_decoder
 from phirt.build.precision import Precision
+from phirt.build.recipe import Recipe
 from phirt.types import FloatArray
 
 
@@ -27,7 +28,10 @@ class OnnxDecoder:
         )
         self._outputs = [output.name for output in self.session.get_outputs()]
         self._empty = {
-            item.name: np.zeros((1, item.shape[1], 0, item.shape[3]), np.float32)
+            item.name: np.zeros(
+                (1, item.shape[1], 0, item.shape[3]),
+                np.float16 if item.type == "tensor(float16)" else np.float32,
+            )
             for item in self.session.get_inputs()
             if item.name.startswith("past_key_values")
         }
@@ -48,7 +52,7 @@ class OnnxDecoder:
         if keep is not None:
             feeds["num_logits_to_keep"] = np.array([keep], np.int64)
         results = dict(zip(self._outputs, self.session.run(self._outputs, feeds), strict=True))
-        logits: FloatArray = results.pop("logits")[0]
+        logits: FloatArray = results.pop("logits")[0].astype(np.float32)
         self.cache = {
             name.replace("present", "past_key_values"): cache for name, cache in results.items()
         }
@@ -67,7 +71,7 @@ def written(
 ) -> OnnxDecoder:
     """Write a checkpoint's graph and open it."""
     path = folder / "model.onnx"
-    write_decoder(checkpoint, path, precision=precision)
+    write_decoder(checkpoint, path, recipe=Recipe(precision))
     return OnnxDecoder(path)
 
 

@@ -15,6 +15,7 @@ import pytest
 from phirt.build.gguf.checkpoint import GgufCheckpoint
 from phirt.build.onnx_decoder import write_decoder
 from phirt.build.precision import Precision
+from phirt.build.recipe import Recipe
 from phirt.build.safetensors_checkpoint import SafetensorsCheckpoint
 from phirt.models.huggingface_config import DECODER_ARCHITECTURES
 from phirt.models.onnx_safety import check_onnx_files
@@ -65,7 +66,7 @@ def edit_config(folder: Path, **changes: Any) -> None:
 def converted(folder: Path, precision: Precision = Precision.FP32) -> OnnxDecoder:
     path = folder / f"{precision}.onnx"
     with SafetensorsCheckpoint(folder) as checkpoint:
-        write_decoder(checkpoint, path, precision=precision)
+        write_decoder(checkpoint, path, recipe=Recipe(precision))
     return OnnxDecoder(path)
 
 

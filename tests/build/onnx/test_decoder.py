@@ -10,6 +10,7 @@ import pytest
 
 from phirt.build.onnx_decoder import write_decoder
 from phirt.build.precision import FORMAT_PRECISIONS, Precision
+from phirt.build.recipe import Recipe
 from phirt.errors import UnsupportedModelError
 from phirt.models.rotary import Rotary
 from tests.build.decoders import DECODERS, numpy_logits, random_decoder
@@ -197,7 +198,7 @@ class TestPrecisions:
         for tied in (True, False):
             config = tiny(tie_word_embeddings=tied, vocab_size=4096)
             path = tmp_path / f"{tied}.onnx"
-            write_decoder(random_llama(config), path, precision=precision)
+            write_decoder(random_llama(config), path, recipe=Recipe(precision))
             sizes[tied] = path.with_name(f"{path.name}.data").stat().st_size
         bytes_per_weight = 4 if precision is Precision.FP32 else 1
         assert sizes[False] - sizes[True] >= 4096 * 64 * bytes_per_weight
@@ -205,7 +206,7 @@ class TestPrecisions:
 
 class TestGraph:
     def test_names_what_genai_expects(self, tmp_path):
-        write_decoder(random_llama(), tmp_path / "model.onnx", precision=Precision.INT8)
+        write_decoder(random_llama(), tmp_path / "model.onnx", recipe=Recipe(Precision.INT8))
         graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
         caches = [f"{n}.{part}" for n in (0, 1) for part in ("key", "value")]
         assert [item.name for item in graph.input] == [
@@ -222,7 +223,7 @@ class TestGraph:
         assert [dim.dim_param or dim.dim_value for dim in logits] == ["batch_size", 1, 96]
 
     def test_external_data_is_one_file_of_aligned_tensors(self, tmp_path):
-        write_decoder(random_llama(), tmp_path / "model.onnx", precision=Precision.INT4)
+        write_decoder(random_llama(), tmp_path / "model.onnx", recipe=Recipe(Precision.INT4))
         graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
         size = (tmp_path / "model.onnx.data").stat().st_size
         entries = [
@@ -237,22 +238,22 @@ class TestGraph:
     def test_the_same_checkpoint_gives_the_same_bytes(self, tmp_path):
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
-            write_decoder(random_llama(), tmp_path / name / "m.onnx", precision=Precision.INT8)
+            write_decoder(random_llama(), tmp_path / name / "m.onnx", recipe=Recipe(Precision.INT8))
         for file in ("m.onnx", "m.onnx.data"):
             assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
     def test_existing_files_are_not_overwritten(self, tmp_path):
         (tmp_path / "model.onnx.data").write_bytes(b"weights")
         with pytest.raises(FileExistsError):
-            write_decoder(random_llama(), tmp_path / "model.onnx", precision=Precision.FP32)
+            write_decoder(random_llama(), tmp_path / "model.onnx", recipe=Recipe(Precision.FP32))
         assert (tmp_path / "model.onnx.data").read_bytes() == b"weights"
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
+    @pytest.mark.parametrize("precision", [Precision.BF16])
     def test_a_precision_of_other_layouts(self, precision, tmp_path):
-        with pytest.raises(UnsupportedModelError, match="fp32, exact, int8, int4"):
-            write_decoder(random_llama(), tmp_path / "model.onnx", precision=precision)
+        with pytest.raises(UnsupportedModelError, match="fp32, fp16, exact, int8, int4"):
+            write_decoder(random_llama(), tmp_path / "model.onnx", recipe=Recipe(precision))
         assert not list(tmp_path.iterdir())
 
     def test_another_architecture(self, tmp_path):
@@ -260,7 +261,7 @@ class TestRefusals:
             write_decoder(
                 random_llama(tiny(architecture="mamba")),
                 tmp_path / "model.onnx",
-                precision=Precision.FP32,
+                recipe=Recipe(Precision.FP32),
             )
 
     @pytest.mark.parametrize("field", ["vocab_size", "context_length", "intermediate_size"])
@@ -268,17 +269,17 @@ class TestRefusals:
         checkpoint = random_llama()
         checkpoint.config = tiny(**{field: 10**12})
         with pytest.raises(UnsupportedModelError, match="would take"):
-            write_decoder(checkpoint, tmp_path / "model.onnx", precision=Precision.FP32)
+            write_decoder(checkpoint, tmp_path / "model.onnx", recipe=Recipe(Precision.FP32))
         assert not list(tmp_path.iterdir())
 
     def test_a_width_that_blocks_do_not_divide(self, tmp_path):
         checkpoint = random_llama(tiny(intermediate_size=80))
         with pytest.raises(UnsupportedModelError, match=r"80 columns.*fp32"):
-            write_decoder(checkpoint, tmp_path / "model.onnx", precision=Precision.INT8)
+            write_decoder(checkpoint, tmp_path / "model.onnx", recipe=Recipe(Precision.INT8))
 
     def test_an_encoding_that_exact_cannot_hold(self, tmp_path):
         checkpoint = random_llama()
         name = "model.layers.0.mlp.down_proj.weight"
         object.__setattr__(checkpoint.tensors[name], "encoding", "Q3_K")
         with pytest.raises(UnsupportedModelError, match=r"down_proj.*Q3_K.*fp32"):
-            write_decoder(checkpoint, tmp_path / "model.onnx", precision=Precision.EXACT)
+            write_decoder(checkpoint, tmp_path / "model.onnx", recipe=Recipe(Precision.EXACT))

@@ -11,6 +11,7 @@ import pytest
 from phirt.build.documents import genai_document, write_json
 from phirt.build.onnx_decoder import write_decoder
 from phirt.build.precision import Precision
+from phirt.build.recipe import Recipe
 from phirt.build.safetensors_checkpoint import SafetensorsCheckpoint
 from phirt.models.huggingface_config import DECODER_ARCHITECTURES
 from phirt.testing import write_tiny_checkpoint
@@ -30,7 +31,7 @@ def folder(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     write_tiny_checkpoint(folder, request.param)
     with SafetensorsCheckpoint(folder) as checkpoint:
-        write_decoder(checkpoint, folder / "model.onnx", precision=Precision.FP32)
+        write_decoder(checkpoint, folder / "model.onnx", recipe=Recipe(Precision.FP32))
         document = genai_document(checkpoint.config, filename="model.onnx")
     write_json(folder / "genai_config.json", document)
     return folder

@@ -11,6 +11,8 @@ import numpy as np
 from phirt.backends.openvino.runtime import import_openvino
 from phirt.build.checkpoint import Checkpoint
 from phirt.build.openvino_decoder import write_openvino
+from phirt.build.precision import Precision
+from phirt.build.recipe import Recipe
 from phirt.types import FloatArray
 
 _EXACT = {
@@ -61,5 +63,5 @@ def written(checkpoint: Checkpoint, folder: Path, precision: str = "fp32") -> Op
     """A checkpoint, written and compiled."""
     out = folder / f"openvino-{precision}"
     out.mkdir()
-    write_openvino(checkpoint, out, precision=precision)
+    write_openvino(checkpoint, out, recipe=Recipe(Precision(precision)))
     return OpenVinoDecoder(out / "openvino_model.xml")

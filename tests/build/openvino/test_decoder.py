@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from phirt.build.openvino_decoder import write_openvino
+from phirt.build.precision import Precision
+from phirt.build.recipe import Recipe
 from phirt.build.safetensors_checkpoint import SafetensorsCheckpoint
 from phirt.errors import UnsupportedModelError
 from phirt.models.huggingface_config import DECODER_ARCHITECTURES
@@ -173,22 +175,24 @@ class TestFiles:
         checkpoint = random_llama()
         del checkpoint.tensors["model.norm.weight"]
         with pytest.raises(KeyError):
-            write_openvino(checkpoint, tmp_path, precision="fp32")
+            write_openvino(checkpoint, tmp_path, recipe=Recipe(Precision.FP32))
         assert not list(tmp_path.iterdir())
 
     def test_nothing_is_overwritten(self, tmp_path):
         (tmp_path / "openvino_model.bin").write_bytes(b"mine")
         with pytest.raises(FileExistsError, match=r"openvino_model\.bin"):
-            write_openvino(random_llama(), tmp_path, precision="fp32")
+            write_openvino(random_llama(), tmp_path, recipe=Recipe(Precision.FP32))
         assert (tmp_path / "openvino_model.bin").read_bytes() == b"mine"
 
     def test_other_architectures_are_refused(self, tmp_path):
         with pytest.raises(UnsupportedModelError, match="falcon"):
-            write_openvino(random_llama(tiny(architecture="falcon")), tmp_path, precision="fp32")
+            write_openvino(
+                random_llama(tiny(architecture="falcon")), tmp_path, recipe=Recipe(Precision.FP32)
+            )
 
     def test_sizes_that_no_machine_holds_are_refused(self, tmp_path):
         huge = tiny(vocab_size=10**12)
         checkpoint = random_llama()
         checkpoint.config = huge
         with pytest.raises(UnsupportedModelError, match="embedding"):
-            write_openvino(checkpoint, tmp_path, precision="fp32")
+            write_openvino(checkpoint, tmp_path, recipe=Recipe(Precision.FP32))

@@ -1,0 +1,185 @@
+"""Rounds a model to 4 bits while it reads a text: each matrix for the inputs that it gets.
+
+One pass goes through the decoder, layer by layer. Before a matrix multiplies, its inputs tell
+what of it matters (`phirt.build.gptq`); it multiplies rounded, so that later matrices are
+rounded for the inputs that they will get. The text is phirt's own, of many languages and
+kinds, and no part of what `phirt quality` measures on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phirt.backends.reference.decoder import Decoder
+from phirt.build.checkpoint import Checkpoint
+from phirt.build.gptq import quantize_with_inputs
+from phirt.build.precision import EMBEDDING
+from phirt.build.quantize import QuantizedMatrix
+from phirt.build.recipe import Recipe
+from phirt.errors import UnsupportedModelError
+from phirt.models.decoder_config import DecoderConfig
+from phirt.types import FloatArray, IntArray, Progress, ProgressCallback
+
+__all__ = ["calibrate", "calibration_tokens"]
+
+_SEQUENCES, _LENGTH = 16, 160
+_LEAST_LENGTH = 8
+
+_Encode = Callable[[str], Sequence[int]]
+
+
+def calibrate(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    token_ids: IntArray,
+    folder: Path,
+    *,
+    progress: ProgressCallback | None = None,
+) -> Mapping[str, QuantizedMatrix]:
+    """Round every matrix that a recipe rounds to 4 bits; the embedding and LM head excepted.
+
+    Inputs of the widest matrix, and three times the square of its width, are in memory at
+    once; what is rounded is kept on disk.
+
+    Args:
+        checkpoint: The weights.
+        recipe: What is rounded, and how.
+        token_ids: Shape (sequences, tokens).
+        folder: An empty folder for what was rounded, which the caller keeps as long as the
+            result is used, and removes.
+        progress: Called for every matrix.
+
+    Returns:
+        The rounded matrices by their names, read when they are asked for.
+
+    Raises:
+        ModelFormatError: A tensor is damaged.
+        UnsupportedModelError: Blocks do not divide a matrix.
+    """
+    weights = _CalibratedWeights(checkpoint, recipe, folder, progress)
+    with np.errstate(over="ignore", invalid="ignore"):
+        Decoder(checkpoint.config, weights).forward(token_ids)  # type: ignore[arg-type]  # rows of ids make rows of states
+    return weights.rounded
+
+
+def calibration_tokens(encode: _Encode, config: DecoderConfig) -> IntArray:
+    """Ids of the calibration text in equal pieces from all over it, shape (sequences, tokens).
+
+    Args:
+        encode: The model's tokenizer.
+        config: The decoder.
+
+    Raises:
+        UnsupportedModelError: The tokenizer makes too few ids of it that the model knows.
+    """
+    text = (files("phirt.build") / "calibration.txt").read_text(encoding="utf-8")
+    ids = np.array(encode(text), np.int64)
+    ids = ids[ids < config.vocab_size]
+    longest = min(_LENGTH, config.context_length, config.rope.boundary or _LENGTH)
+    length = min(longest, len(ids) // _SEQUENCES)
+    if length < _LEAST_LENGTH:
+        raise UnsupportedModelError(
+            f"Calibration runs a text through the model, of which its tokenizer makes "
+            f"{len(ids):,} tokens that it knows: too few. Leave calibration out."
+        )
+    starts = np.linspace(0, len(ids) - length, _SEQUENCES).astype(np.int64)
+    return np.stack([ids[start : start + length] for start in starts])
+
+
+class _RoundedFiles(Mapping[str, QuantizedMatrix]):
+    """Rounded matrices, a file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._names: dict[str, Path] = {}
+
+    def add(self, name: str, matrix: QuantizedMatrix) -> None:
+        path = self._folder / f"{len(self._names)}.npz"
+        parts: dict[str, Any] = {"values": matrix.values, "scales": matrix.scales}
+        if matrix.zero_points is not None:
+            parts["zero_points"] = matrix.zero_points
+        np.savez(path, allow_pickle=False, **parts)
+        self._names[name] = path
+
+    def __getitem__(self, name: str) -> QuantizedMatrix:
+        with np.load(self._names[name]) as parts:
+            values = parts["values"]
+            return QuantizedMatrix(
+                bits=4,
+                block_size=2 * values.shape[-1],
+                values=values,
+                scales=parts["scales"],
+                zero_points=parts.get("zero_points"),
+            )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _CalibratedWeights:
+    """Weights that are rounded when they first multiply (a decoder's `Weights`)."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        recipe: Recipe,
+        folder: Path,
+        progress: ProgressCallback | None,
+    ) -> None:
+        self.rounded = _RoundedFiles(folder)
+        self._checkpoint = checkpoint
+        self._recipe = recipe
+        self._progress = progress
+        names = [name for name in checkpoint.names() if name.startswith("model.layers.")]
+        self._matrices = [name for name in names if len(checkpoint.tensor(name).shape) > 1]
+        self._seen = 0
+        self._inputs: FloatArray | None = None  # of which the next is
+        self._hessian: FloatArray | None = None
+
+    def embed(self, token_ids: IntArray) -> FloatArray:
+        table = self._checkpoint.tensor(EMBEDDING)
+        distinct, places = np.unique(token_ids, return_inverse=True)
+        rows = [table.rows(int(token), int(token) + 1).float32() for token in distinct]
+        return np.concatenate(rows)[places.reshape(token_ids.shape)]
+
+    def vector(self, name: str) -> FloatArray:
+        return self._checkpoint.tensor(name).float32()
+
+    def multiply(self, x: FloatArray, name: str) -> FloatArray:
+        matrix = self._checkpoint.tensor(name)
+        weights = matrix.float32()
+        if self._recipe.rounds_to_4_bits(matrix):
+            chosen = self._recipe.quantization
+            if weights.shape[1] % chosen.block_size:
+                raise UnsupportedModelError(
+                    f"Tensor {name!r} has {weights.shape[1]:,} columns, which blocks of "
+                    f"{chosen.block_size} do not divide. Use a smaller block size, or keep it in "
+                    "8 bits."
+                )
+            rounded = quantize_with_inputs(
+                weights,
+                self._hessian_of(x),
+                block_size=chosen.block_size,
+                symmetric=chosen.symmetric,
+            )
+            self.rounded.add(name, rounded)
+            weights = rounded.dequantize()
+        self._seen += 1
+        if self._progress is not None:
+            self._progress(Progress("calibrate", self._seen, len(self._matrices), "tensors"))
+        return x @ weights.T
+
+    def _hessian_of(self, x: FloatArray) -> FloatArray:
+        """``x.T @ x`` over all positions, made once for all matrices that x meets."""
+        if self._inputs is not x or self._hessian is None:
+            rows = x.reshape(-1, x.shape[-1])
+            self._inputs, self._hessian = x, rows.T @ rows / np.float32(len(rows))
+        return self._hessian
