@@ -54,6 +54,8 @@ from phirt.stream import Generation, Token, TokenLogprobs, TokenStream
 from phirt.types import Progress
 
 if TYPE_CHECKING:
+    from phirt.build.recipe import Quantization
+    from phirt.building import BuildReport, build_model
     from phirt.dispatch.plan import Plan
     from phirt.planning import plan
     from phirt.quality.comparison import compare_quality
@@ -66,6 +68,7 @@ __all__ = [
     "BackendNotInstalledError",
     "BackendRuntimeError",
     "BuildError",
+    "BuildReport",
     "ContextLengthError",
     "Device",
     "DeviceBackend",
@@ -90,6 +93,7 @@ __all__ = [
     "PullPlan",
     "QualityCheckError",
     "QualityReport",
+    "Quantization",
     "SessionClosedError",
     "StoreError",
     "Timings",
@@ -104,6 +108,7 @@ __all__ = [
     "UnsupportedParameterError",
     "Usage",
     "__version__",
+    "build_model",
     "compare_quality",
     "devices",
     "load",
@@ -117,6 +122,9 @@ __all__ = [
 
 # Imported when they are asked for: few programs plan, measure or compare by themselves.
 _LAZY = {
+    "BuildReport": "phirt.building",
+    "Quantization": "phirt.build.recipe",
+    "build_model": "phirt.building",
     "Plan": "phirt.dispatch.plan",
     "QualityReport": "phirt.quality.report",
     "Tuning": "phirt.tuning",

@@ -31,6 +31,7 @@ LEVELS = [
     ["dispatch"],
     ["model"],  # with the files of SAME_ROOM: one room
     ["quality"],
+    ["building"],
     ["doctor"],
     ["phirt"],  # phirt/__init__.py, the public names
     ["testing", "cli"],

@@ -116,7 +116,7 @@ def convert(
     if any(out_dir.iterdir()):
         raise FileExistsError(f"The folder {out_dir} is not empty; an artifact needs its own.")
     with open_source(source, source_id=source_id) as opened, _scratch(out_dir) as scratch:
-        checkpoint = opened.checkpoint
+        checkpoint, name = opened.checkpoint, recipe.name
         recipe = replace(recipe, quantization=recipe.quantization.for_decoder(checkpoint.config))
         if recipe.precision is Precision.INT4 and recipe.quantization.calibrate:
             # Imported here: few conversions calibrate.
@@ -133,7 +133,7 @@ def convert(
             canary = wait_for_canary()
         if canary is not None:
             write_canary(out_dir, canary)
-        identity = f"{opened.source_id}:{layout}:{recipe.name}:{CONVERTER_VERSION}"
+        identity = f"{opened.source_id}:{layout}:{name}:{CONVERTER_VERSION}"
         derived = "sha256:" + hashlib.sha256(identity.encode()).hexdigest()
         write_manifest(
             out_dir,
@@ -146,7 +146,7 @@ def convert(
                 "converter": str(CONVERTER_VERSION),
                 **{package: version(package) for package in (*opened.packages, *packages)},
             },
-            build={"engine": "phirt", "recipe": recipe.name},
+            build={"engine": "phirt", "recipe": name},
         )
 
 

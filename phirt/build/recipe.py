@@ -69,8 +69,9 @@ class Quantization:
 
     def for_decoder(self, config: DecoderConfig) -> Quantization:
         """The same, where a tied embedding counts as the LM head that it also is."""
-        if config.tie_word_embeddings and self.keeps_8_bits(LM_HEAD):
-            embedding = EMBEDDING.removesuffix(".weight")
+        embedding = EMBEDDING.removesuffix(".weight")
+        is_one = config.tie_word_embeddings and self.keeps_8_bits(LM_HEAD)
+        if is_one and not self.keeps_8_bits(EMBEDDING):
             return replace(self, int8_layers=(*self.int8_layers, embedding))
         return self
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from phirt._version import __version__
+from phirt.cli.build_arguments import add_build
 from phirt.cli.device_arguments import add_devices
 from phirt.cli.doctor_arguments import add_doctor
 from phirt.cli.plan_arguments import add_plan
@@ -47,6 +48,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_devices(commands)
     add_plan(commands)
     add_tune(commands)
+    add_build(commands)
     add_quality(commands)
     add_doctor(commands)
     return parser.parse_args(argv)

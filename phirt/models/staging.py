@@ -25,7 +25,19 @@ from phirt.errors import ModelNotFoundError
 from phirt.models.kill_points import kill_point
 from phirt.models.owners import is_dead, owner_tag
 
-__all__ = ["Fill", "Find", "abandoned", "discard", "is_idle", "lock_of", "locked", "stage", "sweep"]
+__all__ = [
+    "Fill",
+    "Find",
+    "abandoned",
+    "discard",
+    "is_idle",
+    "lock_of",
+    "locked",
+    "publish",
+    "stage",
+    "sweep",
+    "sync_tree",
+]
 
 Fill: TypeAlias = Callable[[Path], object]
 """Writes the content into an empty folder, which is given to it."""
@@ -74,9 +86,9 @@ def stage(target: Path, fill: Fill, *, find: Find, root: Path) -> Path:
             kill_point("fill")
             fill(content)
             kill_point("sync")
-            _sync_tree(content)
+            sync_tree(content)
             made = content.stat()
-            _publish(content, target, find=find, aside=work)
+            publish(content, target, find=find, aside=work)
             kill_point("published")
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -165,7 +177,18 @@ def locked(path: Path) -> Iterator[None]:
         lock.release()  # does nothing if the lock was never held
 
 
-def _publish(content: Path, target: Path, *, find: Find, aside: Path) -> None:
+def publish(content: Path, target: Path, *, find: Find, aside: Path) -> None:
+    """Move a finished folder to its place, by one rename.
+
+    Args:
+        content: The folder, on the file system of its place.
+        target: The place.
+        find: Looks whether somebody else's, as good, is there already.
+        aside: A folder that takes in what is at the place and is not as good.
+
+    Raises:
+        OSError: The file system refused it.
+    """
     for attempt in range(_RENAME_TRIES):
         try:
             kill_point("publish")
@@ -186,8 +209,15 @@ def _publish(content: Path, target: Path, *, find: Find, aside: Path) -> None:
             return
 
 
-def _sync_tree(folder: Path) -> None:
-    """Have a folder's content on the disk before its name is."""
+def sync_tree(folder: Path) -> None:
+    """Have a folder's content on the disk before its name is.
+
+    Args:
+        folder: The folder, complete.
+
+    Raises:
+        OSError: The file system refused it.
+    """
     for parent, _, names in os.walk(folder, topdown=False):
         for name in names:
             _sync(Path(parent, name))

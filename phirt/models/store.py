@@ -8,6 +8,7 @@
     ROOT/hashes/            SHA-256 of users' own files, by path, size and time
     ROOT/used/              when each artifact was last looked up
     ROOT/machine/           what was found out about this machine (`phirt.dispatch.machine_dir`)
+    ROOT/engines/           environments of build engines (`phirt.build.engines.environments`)
     ROOT/locks/  ROOT/tmp/  housekeeping of `stage`
 
 ROOT is ``PHIRT_HOME``, or else the platform's folder for a user's data.
@@ -15,17 +16,16 @@ ROOT is ``PHIRT_HOME``, or else the platform's folder for a user's data.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phirt.errors import ModelError, ModelNotFoundError, StoreError, UnsafeModelError
+from phirt.models.disk import check_room, free_bytes, is_disk_full, megabytes
 from phirt.models.hashing import remembered_sha256, sha256_of
 from phirt.models.integrity import Fault, accept_chat_template, check_folder
 from phirt.models.inventory import (
@@ -341,8 +341,7 @@ class Store:
         from phirt.models.staging import stage
 
         def fill_if_it_fits(folder: Path) -> None:
-            if shutil.disk_usage(folder).free < needed_bytes:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            check_room(folder, needed_bytes)
             fill(folder)
 
         with self._disk_errors(target.name, needed_bytes):
@@ -353,11 +352,11 @@ class Store:
         try:
             yield
         except Exception as error:
-            if _is_disk_full(error):
-                needs = f"about {_megabytes(needed_bytes)}" if needed_bytes else "more"
+            if is_disk_full(error):
+                needs = f"about {megabytes(needed_bytes)}" if needed_bytes else "more"
                 raise StoreError(
                     f"Installing {name} needs {needs} of disk space; {self.root} has "
-                    f"{_megabytes(_free_bytes(self.root))} free. Nothing was left behind. Free "
+                    f"{megabytes(free_bytes(self.root))} free. Nothing was left behind. Free "
                     "some space, or set PHIRT_HOME to a folder on another disk."
                 ) from error
             if isinstance(error, OSError) and _is_within(error, self.root):
@@ -384,27 +383,6 @@ def _user_data_folder() -> Path:
     return platformdirs.user_data_path("phirt", appauthor=False)
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    """Whether an error, or one that it was raised from, says that a disk or quota is full."""
-    full = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in full:
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
-
-
 def _is_within(error: OSError, root: Path) -> bool:
     names = [name for name in (error.filename, error.filename2) if isinstance(name, str | Path)]
     return any(Path(name).is_relative_to(root) or root.is_relative_to(name) for name in names)
-
-
-def _free_bytes(path: Path) -> int:
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"

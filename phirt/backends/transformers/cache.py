@@ -134,7 +134,7 @@ class SessionCache:
         max_length: The most tokens that it will ever hold.
 
     Attributes:
-        native: What a forward pass takes as ``past_key_values``.
+        native: What a forward pass takes as its ``cache``.
         interrupted: Once set, a forward pass ends at its next layer with `InterruptedRun`.
     """
 

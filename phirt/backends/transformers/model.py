@@ -42,6 +42,9 @@ _OUT_OF_MEMORY = re.compile(
     r"out of memory|can't allocate memory|cannot allocate memory|not enough memory|bad.?alloc",
     re.IGNORECASE,
 )
+# transformers 5.24 renamed the argument of every model. It takes the older name too, until 5.40,
+# with a warning at each call.
+_CACHE_ARGUMENTS = ("cache", "past_key_values")
 _CAPABILITIES = Capabilities(
     truncate=True,
     verify=True,
@@ -98,7 +101,8 @@ class TransformersModel(BaseModel):
         self._names = native_names(torch, device)
         weights = _bytes_by_device([*network.parameters(), *network.buffers()])
         self._placement = place_bytes(weights, self._names, device=device, of="weights")
-        self._accepted = _accepted_arguments(network)
+        self._accepted = frozenset(inspect.signature(network.forward).parameters)
+        self._cache_argument = _cache_argument(network, self._accepted)
         self.shapes, vocab_size = self._try_out()
         facts = folder.facts
         super().__init__(
@@ -141,9 +145,9 @@ class TransformersModel(BaseModel):
             optional = {"position_ids": positions, "logits_to_keep": 0 if every_position else 1}
             output = self.network(
                 input_ids=torch.tensor([list(token_ids)], device=self.device),
-                past_key_values=cache,
                 use_cache=True,
                 return_dict=True,
+                **{self._cache_argument: cache},
                 **{key: value for key, value in optional.items() if key in self._accepted},
             )
             logits = output.logits[0]
@@ -211,14 +215,15 @@ class _ProcessThreads:
 _process_threads = _ProcessThreads()
 
 
-def _accepted_arguments(network: Any) -> frozenset[str]:
-    accepted = frozenset(inspect.signature(network.forward).parameters)
-    if "past_key_values" not in accepted:
-        raise UnsupportedModelError(
-            f"{type(network).__name__} takes no KV cache from its caller, which phirt needs. "
-            "Pass another model."
-        )
-    return accepted
+def _cache_argument(network: Any, accepted: frozenset[str]) -> str:
+    """The name by which a forward pass takes a cache from its caller."""
+    for name in _CACHE_ARGUMENTS:
+        if name in accepted:
+            return name
+    raise UnsupportedModelError(
+        f"{type(network).__name__} takes no KV cache from its caller, which phirt needs. "
+        "Pass another model."
+    )
 
 
 def _bytes_by_device(tensors: Iterable[Any]) -> Counter[str]:

@@ -1,0 +1,141 @@
+"""``phirt build``: a model folder for a device, from a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from phirt.cli.announce import Announcer
+from phirt.cli.arguments import UsageError
+from phirt.cli.lines import Line, paragraph, print_lines
+from phirt.cli.progress import ProgressBars
+from phirt.cli.selection import print_json
+from phirt.cli.terminal import plain
+from phirt.errors import PhirtError
+
+if TYPE_CHECKING:
+    from phirt.build.recipe import Quantization
+    from phirt.building import BuildReport
+
+__all__ = ["build"]
+
+
+def build(arguments: argparse.Namespace) -> None:
+    """Carry out ``phirt build``.
+
+    Raises:
+        UsageError: The arguments make no sense.
+        DeclinedError: A download is large, and nobody agreed to it.
+        PhirtError: It cannot be built, or is worse than asked.
+    """
+    if arguments.prepare_engine is not None:
+        _prepare(arguments)
+        return
+    if arguments.requirements or arguments.force:
+        raise UsageError("--with and --force go with --prepare-engine")
+    if arguments.source is None or arguments.out is None:
+        raise UsageError("SOURCE and -o OUT are needed: phirt build SOURCE -o OUT")
+    # Imported here, as what it needs is only this command's.
+    from phirt.building import build_model
+
+    with ProgressBars() as bars:
+        try:
+            report = build_model(
+                arguments.source,
+                arguments.out,
+                format=arguments.format,
+                precision=arguments.precision,
+                device=arguments.device,
+                engine=arguments.engine,
+                quantization=_quantization(arguments),
+                options=_options(arguments.extra),
+                max_kl=arguments.check,
+                check_tokens=arguments.check_tokens,
+                overwrite=arguments.overwrite,
+                offline=arguments.offline,
+                progress=bars,
+                announce=Announcer(bars, yes=arguments.yes),
+            )
+        except PhirtError:
+            raise
+        except ValueError as error:
+            raise UsageError(" ".join(str(error).split())) from error
+    if arguments.json:
+        print_json(report.to_json())
+    else:
+        print_lines(lambda width: _lines(report, width=width))
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from phirt.build.engines.environments import prepare_engine
+
+    with ProgressBars() as bars:
+        try:
+            path = prepare_engine(
+                arguments.prepare_engine,
+                requirements=arguments.requirements,
+                progress=bars,
+                force=arguments.force,
+            )
+        except PhirtError:
+            raise
+        except ValueError as error:
+            raise UsageError(" ".join(str(error).split())) from error
+    if arguments.json:
+        print_json({"engine": arguments.prepare_engine, "path": str(path)})
+    else:
+        print(plain(f"The engine {arguments.prepare_engine} is ready in {path}"))
+
+
+def _quantization(arguments: argparse.Namespace) -> Quantization | None:
+    """How int4 rounds; None where no option says anything of it."""
+    layers = arguments.int8_layers
+    asked = arguments.symmetric or arguments.calibrate or arguments.block_size is not None
+    if not asked and layers is None:
+        return None
+    from phirt.build.recipe import DEFAULT_INT8_LAYERS, Quantization
+
+    return Quantization(
+        block_size=32 if arguments.block_size is None else arguments.block_size,
+        symmetric=arguments.symmetric,
+        int8_layers=DEFAULT_INT8_LAYERS
+        if layers is None
+        else tuple(pattern for pattern in layers if pattern != "none"),
+        calibrate=arguments.calibrate,
+    )
+
+
+def _options(extra: list[str]) -> Mapping[str, str]:
+    options = {}
+    for each in extra:
+        name, equals, value = each.partition("=")
+        if not equals:
+            raise UsageError(f"--extra {each}: an option reads like name=value")
+        options[name] = value
+    return options
+
+
+def _lines(report: BuildReport, *, width: int) -> Iterator[Line]:
+    what = f"{report.format}, {report.precision} for {report.device}"
+    yield [(plain(str(report.path)), "bold")]
+    yield from paragraph(
+        f"{report.architecture} as {what}, built by {report.engine} from {plain(report.source)}: "
+        f"{report.bytes / 1e6:,.1f} MB in {report.seconds:.1f} s",
+        width=width,
+    )
+    if report.own_kl is not None:
+        yield from paragraph(
+            f"Rounding moved the canary by {report.own_kl:.4f} nats (mean KL on 8 positions).",
+            width=width,
+        )
+    if report.quality is not None:
+        kernels = ", ".join(
+            f"{each.figures.kl_mean:.4f} ({name} kernels)"
+            for name, each in report.quality.kernels.items()
+        )
+        yield from paragraph(f"Mean KL from fp32 on text: {kernels}.", width=width)
+    yield []
+    yield from paragraph(
+        f'Run it: phirt run -m {plain(str(report.path))} "Hello"', width=width, style="dim"
+    )
