@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from importlib import import_module
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -44,6 +45,21 @@ pytestmark = pytest.mark.oracle
 def folder(tmp_path: Path) -> Path:
     """A llama of its own, for a test that spoils it."""
     return write_tiny_checkpoint(tmp_path / "model", "llama")
+
+
+def _renamed(network: Any, name: str) -> tuple[Any, list[str]]:
+    """A network that has another name for its cache, and the kinds of caches it is given."""
+    forward, kinds = network.forward, []
+    [own] = {"cache", "past_key_values"} & set(signature(forward).parameters)
+
+    def renamed(**arguments: Any) -> Any:
+        cache = arguments.pop(name)
+        kinds.append(type(cache).__name__)
+        return forward(**{own: cache}, **arguments)
+
+    vars(renamed)["__signature__"] = Signature([Parameter(name, Parameter.KEYWORD_ONLY)])
+    network.forward = renamed
+    return network, kinds
 
 
 class TestPlacement:
@@ -286,6 +302,28 @@ class TestTheFolderIsData:
         change = {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}
         with pytest.raises(UnsupportedModelError, match="linear_attention"):
             load(edit_config(folder, **change))
+
+    @pytest.mark.parametrize("name", ["cache", "past_key_values"])
+    def test_a_cache_goes_by_the_name_that_the_network_has_for_it(
+        self, folder: Path, name: str
+    ) -> None:
+        """transformers 5.24 renamed the argument of every model."""
+        network, taken = _renamed(oracle(folder), name)
+        held = read_folder(folder, formats=("safetensors",))
+        model = TransformersModel(
+            torch, transformers, network, folder=held, device="cpu", threads=None
+        )
+        session = model.new_session(max_length=4, expected_length=4)
+        session.prefill([1, 2, 3])
+        assert taken == ["DynamicCache", "Cache"]  # of the first try, and of the session
+        whole = load(folder).new_session(max_length=4, expected_length=4).prefill([1, 2, 3, 4])
+        assert abs(session.decode(4).numpy() - whole.numpy()).max() < 1e-4
+
+    def test_a_network_that_takes_no_cache_is_refused(self, folder: Path) -> None:
+        network, _ = _renamed(oracle(folder), "state")  # as RWKV's has it
+        held = read_folder(folder, formats=("safetensors",))
+        with pytest.raises(UnsupportedModelError, match="LlamaForCausalLM takes no KV cache"):
+            TransformersModel(torch, transformers, network, folder=held, device="cpu", threads=None)
 
     def test_an_unknown_architecture_is_refused(self, folder: Path) -> None:
         with pytest.raises(UnsupportedModelError, match="knows no architecture 'planted'"):

@@ -291,8 +291,8 @@ def _fill(
 def _mend_phimoe(network: Any) -> None:
     """Let Phi-3.5-MoE use LongRoPE's long factors beyond the boundary.
 
-    transformers 5.23 computes both sets and chooses, then makes the short ones anew and uses
-    those at every length, with the scale that belongs to the chosen ones.
+    transformers 5.23 and 5.24 compute both sets and choose, then make the short ones anew and
+    use those at every length, with the scale that belongs to the chosen ones.
     """
     for module in network.modules():
         if type(module).__name__ == "PhimoeRotaryEmbedding" and module.rope_type == "longrope":
