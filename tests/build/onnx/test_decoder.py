@@ -130,8 +130,19 @@ class TestPositions:
         steps = [decoder.run(TOKENS[:25], keep=1), *(decoder.run([t]) for t in TOKENS[25:])]
         np.testing.assert_allclose(np.concatenate(steps), whole[24:], atol=1e-4)
 
-    @pytest.mark.parametrize("precision", [Precision.INT8, Precision.INT4])
-    def test_a_sequence_decodes_alike_alone_and_in_a_batch(self, precision, tmp_path):
+    @pytest.mark.parametrize(
+        ("precision", "tolerance"),
+        [
+            (Precision.INT8, 0),
+            # MatMulNBits adds the blocks of one row up in another order than those of several:
+            # with float activations, and of 4 bits where a processor has AVX2 and no more. That
+            # is 5e-7 of a product, but may turn what an 8-bit activation is rounded to: 0.01
+            # here, once in sixty rows.
+            (Precision.EXACT, 1e-5),
+            (Precision.INT4, 0.02),
+        ],
+    )
+    def test_a_sequence_decodes_alike_alone_and_in_a_batch(self, precision, tolerance, tmp_path):
         decoder = written(random_llama(encoding="Q4_1"), tmp_path, precision=precision)
         prompts = [TOKENS[:5], TOKENS[5:10], TOKENS[10:15]]
         alone, caches = [], []
@@ -144,7 +155,8 @@ class TestPositions:
         feeds["input_ids"] = np.full((3, 1), 7, np.int64)
         feeds["attention_mask"] = np.ones((3, 6), np.int64)
         (together,) = decoder.session.run(["logits"], feeds)
-        np.testing.assert_array_equal(together[:, 0], np.stack(alone))
+        np.testing.assert_allclose(together[:, 0], np.stack(alone), rtol=0, atol=tolerance)
+        assert np.abs(alone[0] - alone[1]).max() > 0.1  # what another row's cache would do
 
     def test_a_window_forgets(self, tmp_path):
         decoder = written(random_llama(tiny(windows=(4,), num_layers=1)), tmp_path)
