@@ -102,7 +102,7 @@ def print_table(models: dict[str, phirt.Model], *, rounds: int) -> None:
             )
         logits = logits_of(model._loaded, token_ids[:QUALITY_TOKENS])
         quality = compare(reference, logits, token_ids[:QUALITY_TOKENS])
-        cells.append(f"mean KL {quality.mean_kl:9.6f}  top-1 {100 * quality.top1:5.1f} %")
+        cells.append(f"mean KL {quality.kl_mean:9.6f}  top-1 {100 * quality.top1_agreement:5.1f} %")
         print("  ".join(cells), flush=True)
 
 

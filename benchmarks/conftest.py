@@ -34,4 +34,4 @@ def kl(model: phirt.Model) -> float:
     """
     token_ids = model.encode(TEXT.read_text(encoding="utf-8"))[:600]
     reference = BareLoop(phirt.pull(precision="fp32")).logits(token_ids, chunk=256)
-    return compare(reference, BareLoop(model.path).logits(token_ids, chunk=1), token_ids).mean_kl
+    return compare(reference, BareLoop(model.path).logits(token_ids, chunk=1), token_ids).kl_mean

@@ -16,7 +16,6 @@ import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,8 @@ from phirt.build.precision import FORMAT_PRECISIONS
 from phirt.models.catalog import DEFAULT_MODEL, get_entry
 from phirt.models.pypi import resolve_source
 from phirt.models.store import Store
+from phirt.quality.divergence import compare_rows
+from phirt.quality.figures import Figures, figures_of
 
 TEXT = Path(__file__).with_name("quality_text.txt")
 PROMPT_TOKENS, DECODE_STEPS, PREFILL_TOKENS = 30, 100, 500
@@ -38,49 +39,12 @@ CHUNKS = {"prefill kernels": 256, "decode kernels": 1}
 BASE = "int8"
 
 
-@dataclass(frozen=True, slots=True)
-class Quality:
-    """Distance of a model's predictions from fp32's on a text.
-
-    Attributes:
-        perplexity: ``exp`` of the mean negative log-likelihood of the text, teacher-forced.
-        mean_kl: Mean KL divergence from fp32 over the positions, in nats.
-        p99_kl: The divergence that 1 % of the positions exceed.
-        top1: Share of positions with fp32's most likely token.
-    """
-
-    perplexity: float
-    mean_kl: float
-    p99_kl: float
-    top1: float
-
-
-def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    result: NDArray[np.float32] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    return result
-
-
 def compare(
     reference: NDArray[np.float32], logits: NDArray[np.float32], token_ids: Sequence[int]
-) -> Quality:
+) -> Figures:
     """Hold logits of every position of a text against those of fp32, both (n, vocabulary)."""
-    divergences, hits, losses = [], 0, 0.0
-    targets = np.append(np.array(token_ids[1:], np.int64), -1)
-    for start in range(0, len(token_ids), 128):  # Bounds the memory of large vocabularies.
-        rows = slice(start, start + 128)
-        expected, found = log_softmax(reference[rows]), log_softmax(logits[rows])
-        divergences.append((np.exp(expected) * (expected - found)).sum(axis=-1))
-        hits += int((expected.argmax(axis=-1) == found.argmax(axis=-1)).sum())
-        known = targets[rows] >= 0
-        losses -= float(found[known, targets[rows][known]].sum())
-    kl = np.concatenate(divergences)
-    return Quality(
-        perplexity=float(np.exp(losses / (len(token_ids) - 1))),
-        mean_kl=float(kl.mean()),
-        p99_kl=float(np.quantile(kl, 0.99)),
-        top1=hits / len(token_ids),
-    )
+    targets = np.array(token_ids[1:], np.int64)
+    return figures_of([compare_rows(reference[:-1], logits[:-1], targets)])
 
 
 def load_memory(folder: Path) -> float:
@@ -155,9 +119,9 @@ def print_table(folders: dict[str, Path], *, rounds: int) -> None:
                 continue
             quality = compare(reference, logits, token_ids)
             print(
-                f"{name:14}  {kernels:15}  perplexity {quality.perplexity:7.3f}  "
-                f"mean KL {quality.mean_kl:9.6f}  p99 KL {quality.p99_kl:9.6f}  "
-                f"top-1 {100 * quality.top1:5.1f} %",
+                f"{name:14}  {kernels:15}  perplexity {quality.ppl:7.3f}  "
+                f"mean KL {quality.kl_mean:9.6f}  p99 KL {quality.kl_p99:9.6f}  "
+                f"top-1 {100 * quality.top1_agreement:5.1f} %",
                 flush=True,
             )
 
