@@ -12,15 +12,9 @@ from typing import TYPE_CHECKING, Any
 from phirt.build.engines.built import Built
 from phirt.build.precision import Precision
 from phirt.build.recipe import Quantization
-from phirt.build.targets import (
-    Target,
-    check_device,
-    choose_engine,
-    default_precision,
-    quantization_for,
-)
+from phirt.build.targets import Target, choose_engine, quantization_for, target_of
 from phirt.conversion import needed_packages
-from phirt.errors import ModelError, QualityCheckError, UnsupportedModelError
+from phirt.errors import QualityCheckError, UnsupportedModelError
 from phirt.locate import Checkpoint, checkpoint_at, locate, meaning_of
 from phirt.models.catalog import CatalogEntry, PypiSource
 from phirt.models.folder import held_formats
@@ -116,14 +110,14 @@ def build_model(
     Args:
         source: A ``.gguf`` file, a Hugging Face folder of safetensors, or a name as for
             `phirt.load`; None is the small default model.
-        out: The folder to make.
+        out: The folder to make; its parents are made, too. A link there is refused.
         format: ``"onnx"``, ``"openvino"``, ``"mlx"``, or ``"safetensors"``.
         precision: ``"fp32"``, ``"fp16"``, ``"bf16"``, ``"int8"``, ``"int4"``, ``"exact"``, or
             ``"auto"``: ``"int8"`` for CPUs and NPUs, else ``"fp16"``.
         device: What it is for, such as ``"cpu"``, ``"cuda"``, ``"directml"``, ``"npu"``.
         engine: ``"phirt"``, ``"model-builder"``, ``"mlx"``, or ``"auto"``: phirt's own, where
             it can. See docs/engines.md.
-        quantization: How phirt's own int4 rounds.
+        quantization: How phirt's own ``"int4"`` rounds.
         options: Settings of the engines ``"model-builder"`` and ``"mlx"``, by their own names.
         max_kl: Fail, and leave nothing, where the mean KL divergence from the original weights
             in fp32, by the kernels of many rows or of one, is larger than this, in nats.
@@ -143,16 +137,21 @@ def build_model(
         DeviceError: Likewise, no such device.
         ValueError: An argument is out of range or does not belong to the engine.
     """
-    kind = check_device(device)
-    if precision == "auto":
-        precision = default_precision(format, kind)
-    target = Target(format, kind, Precision(precision).value)
+    target = target_of(format=format, precision=precision, device=device)
+    # All that can be said of what was asked for is said before anything is fetched.
+    choose_engine(target, architecture=None, engine=engine)
+    if quantization is not None and target.precision != Precision.INT4:
+        raise ValueError(
+            f"quantization says how 'int4' rounds, and precision={target.precision!r} is to be "
+            "built; pass precision='int4', or leave it out"
+        )
     place_ = Path(out).expanduser().absolute()
     check_place(place_, overwrite=overwrite)
     if max_kl is not None:
-        _check_bound(max_kl)
+        _check_bound(max_kl, check_tokens)
         _check_runs(target, device)
     checkpoint = _find_checkpoint(source, offline=offline, progress=progress, announce=announce)
+    _check_apart(checkpoint.path, place_)
     with needed_packages(checkpoint.path, target.layout):
         architecture = _architecture(checkpoint.path)
         chosen = choose_engine(target, architecture=architecture, engine=engine)
@@ -178,7 +177,7 @@ def build_model(
                     )
                 )
 
-        needed = _needed_bytes(checkpoint.path, target.precision, chosen)
+        needed = _needed_bytes(checkpoint.path, target, chosen, checked=max_kl is not None)
         place(place_, fill, overwrite=overwrite, needed_bytes=needed)
     return _report(place_, target, chosen, seconds[0], quality[0] if quality else None)
 
@@ -239,6 +238,7 @@ class _PhirtBuild:
             precision=self.target.precision,
             quantization=quantization_for(self.target, self.quantization),
             half=self.target.half,
+            float_embedding=self.target.float_embedding,
             source_id=checkpoint.source_id,
             progress=progress,
         )
@@ -344,22 +344,35 @@ def _architecture(source: Path) -> str:
         return config.string("model_type", max_length=100)
 
 
-def _needed_bytes(source: Path, precision: str, engine: str) -> int:
+def _needed_bytes(source: Path, target: Target, engine: str, *, checked: bool) -> int:
     """Room that a build takes, from above."""
     from phirt.build.convert import estimate_bytes
 
+    # OpenVINO writes graphs whole, from a file of their weights.
+    copies = 2 if target.format == "openvino" else 1
     try:
-        needed = estimate_bytes(source, precision)
-    except ModelError:  # an architecture that only Model Builder knows
-        weights = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-        needed = 2 * weights
-    # Others' engines write the checkpoint and their own temporary files beside the result.
-    return needed if engine == "phirt" else 3 * needed + _MARGIN_BYTES
+        needed = copies * estimate_bytes(source, target.precision)
+        reference = copies * estimate_bytes(source, Precision.FP32) if checked else 0
+    except UnsupportedModelError:  # an architecture that only Model Builder knows
+        needed = 2 * sum(path.stat().st_size for path in source.glob("*.safetensors"))
+        reference = 0
+    if engine != "phirt":
+        # Others write the checkpoint and their own temporary files beside the result.
+        needed = 3 * needed + _MARGIN_BYTES
+    return needed + reference
 
 
-def _check_bound(max_kl: float) -> None:
+def _check_apart(source: Path, out: Path) -> None:
+    """Refuse to put a model where its source is, or the source is a part of."""
+    if source.resolve().is_relative_to(out.resolve()):
+        raise ValueError(f"{out} holds the source, {source}: name another folder to build")
+
+
+def _check_bound(max_kl: float, tokens: int) -> None:
     if not 0 < max_kl < float("inf"):
         raise ValueError(f"max_kl={max_kl} must be a number of nats above 0")
+    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
+        raise ValueError(f"check_tokens={tokens!r} must be a whole number of at least 1")
 
 
 def _check_runs(target: Target, device: str) -> None:

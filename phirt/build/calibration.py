@@ -97,6 +97,8 @@ class _RoundedFiles(Mapping[str, QuantizedMatrix]):
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._names: dict[str, Path] = {}
+        # The canary asks for a matrix again and again, some rows of it at a time.
+        self._last: tuple[str, QuantizedMatrix] | None = None
 
     def add(self, name: str, matrix: QuantizedMatrix) -> None:
         path = self._folder / f"{len(self._names)}.npz"
@@ -107,15 +109,23 @@ class _RoundedFiles(Mapping[str, QuantizedMatrix]):
         self._names[name] = path
 
     def __getitem__(self, name: str) -> QuantizedMatrix:
+        last = self._last
+        if last is not None and last[0] == name:
+            return last[1]
         with np.load(self._names[name]) as parts:
             values = parts["values"]
-            return QuantizedMatrix(
+            matrix = QuantizedMatrix(
                 bits=4,
                 block_size=2 * values.shape[-1],
                 values=values,
                 scales=parts["scales"],
                 zero_points=parts.get("zero_points"),
             )
+        self._last = name, matrix
+        return matrix
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names  # Mapping's own would read the file.
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

@@ -87,6 +87,7 @@ def convert(
     precision: str,
     quantization: Quantization | None = None,
     half: bool = False,
+    float_embedding: bool = False,
     source_id: str | None = None,
     progress: ProgressCallback | None = None,
 ) -> None:
@@ -102,6 +103,7 @@ def convert(
         quantization: How ``"int4"`` rounds; None for `Quantization`'s defaults. Calibration
             keeps what it has rounded so far in a folder beside ``out_dir``.
         half: Whether an ONNX graph computes in float16.
+        float_embedding: Whether it reads the embedding as floats in any case.
         source_id: Identity of the source's weights, where it is known.
         progress: Called for every tensor.
 
@@ -110,13 +112,19 @@ def convert(
         ModelFormatError: The file is damaged.
         UnsupportedModelError: It is sound, but phirt does not convert it to this.
         FileExistsError: The folder is not empty.
-        ValueError: There is no such precision.
+        ValueError: There is no such precision, or a pattern of ``quantization`` is of no matrix.
     """
-    recipe = Recipe(check_precision(layout, precision), quantization or Quantization(), half=half)
+    recipe = Recipe(
+        check_precision(layout, precision),
+        quantization or Quantization(),
+        half=half,
+        float_embedding=float_embedding,
+    )
     if any(out_dir.iterdir()):
         raise FileExistsError(f"The folder {out_dir} is not empty; an artifact needs its own.")
     with open_source(source, source_id=source_id) as opened, _scratch(out_dir) as scratch:
         checkpoint, name = opened.checkpoint, recipe.name
+        recipe.quantization.check_patterns(checkpoint.names())
         recipe = replace(recipe, quantization=recipe.quantization.for_decoder(checkpoint.config))
         if recipe.precision is Precision.INT4 and recipe.quantization.calibrate:
             # Imported here: few conversions calibrate.

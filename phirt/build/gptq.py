@@ -46,11 +46,14 @@ def quantize_with_inputs(
         of least error of the weights themselves.
     """
     rows, columns = weights.shape
-    importance = np.diag(hessian).astype(np.float32)
     upper = _upper_of_inverse(hessian)
     if upper is None:
         upper, importance = np.eye(columns, dtype=np.float32), np.ones(columns, np.float32)
-    left = np.ascontiguousarray(weights.T)  # columns as rows, which lie in one piece
+    else:
+        # Damped, too: a block whose inputs were all zero in the text still rounds its weights.
+        diagonal = np.diag(hessian)
+        importance = (diagonal + _DAMPING * diagonal.mean()).astype(np.float32)
+    left = weights.T.copy()  # columns as rows, which lie in one piece
     steps = np.empty((columns, rows), np.float32)
     scales = np.empty((columns // block_size, rows), np.float32)
     zeros = np.empty_like(scales)

@@ -104,8 +104,11 @@ class LinearWriter:
             UnsupportedModelError: The precision cannot hold it.
         """
         weights = self._load(tensor)
-        if isinstance(weights, QuantizedMatrix) and weights.offsets is not None:
-            weights = self._checkpoint.tensor(tensor).float32()  # Gathering knows no offsets.
+        if isinstance(weights, QuantizedMatrix) and (
+            weights.offsets is not None  # which gathering does not know
+            or self._recipe.float_embedding
+        ):
+            weights = self._checkpoint.tensor(tensor).float32()
         elif not isinstance(weights, QuantizedMatrix):
             self._shared[tensor] = _SharedTable(name)
         elif not self._must_split(weights):

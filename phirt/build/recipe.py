@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -46,6 +46,7 @@ class Quantization:
             and as long as reading the text takes.
 
     Raises:
+        TypeError: The patterns are one text.
         ValueError: There is no such block size.
     """
 
@@ -58,6 +59,8 @@ class Quantization:
         if self.block_size not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
             raise ValueError(f"block_size={self.block_size!r} is not one of {sizes}")
+        if isinstance(self.int8_layers, str):  # of which each letter would be a pattern
+            raise TypeError(f"int8_layers must be a tuple of patterns, not {self.int8_layers!r}")
 
     def keeps_8_bits(self, tensor: str) -> bool:
         """Whether the matrix of that name gets 8 bits."""
@@ -66,6 +69,24 @@ class Quantization:
             fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
             for pattern in self.int8_layers
         )
+
+    def check_patterns(self, tensors: Iterable[str]) -> None:
+        """Refuse a pattern that is of no matrix: a slip would go unnoticed.
+
+        Args:
+            tensors: Names of all that a checkpoint has.
+
+        Raises:
+            ValueError: One was given that matches none.
+        """
+        names = [LM_HEAD, *tensors]  # which is there even where it is the embedding
+        for pattern in self.int8_layers:
+            only = replace(self, int8_layers=(pattern,))
+            if pattern not in DEFAULT_INT8_LAYERS and not any(map(only.keeps_8_bits, names)):
+                raise ValueError(
+                    f"int8_layers has the pattern {pattern!r}, which matches no matrix of the "
+                    f"model; names read like {names[-2].removesuffix('.weight')!r}"
+                )
 
     def for_decoder(self, config: DecoderConfig) -> Quantization:
         """The same, where a tied embedding counts as the LM head that it also is."""
@@ -85,12 +106,15 @@ class Recipe:
         quantization: How int4 rounds.
         half: Whether an ONNX graph computes, and keeps its cache, in float16, as GPUs do best,
             whatever its weights are stored in; that of ``fp16`` does in any case.
+        float_embedding: Whether an ONNX graph reads the embedding as floats in any case: not
+            every execution provider reads rows of quantized ones.
         calibrated: Matrices that were rounded already, by the names of their tensors.
     """
 
     precision: Precision
     quantization: Quantization = Quantization()
     half: bool = False
+    float_embedding: bool = False
     calibrated: Mapping[str, QuantizedMatrix] = field(
         default_factory=dict, compare=False, repr=False
     )
@@ -112,8 +136,7 @@ class Recipe:
                 "+".join(chosen.int8_layers) or "none",
                 *(["calibrated"] if chosen.calibrate else []),
             ]
-        if self.half:
-            words.append("half")
+        words += ["half"] * self.half + ["float-embedding"] * self.float_embedding
         return "-".join(words)
 
     def keeps_own_blocks(self, tensor: CheckpointTensor) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from phirt.build.engines.mlx import MLX_PRECISIONS
 from phirt.build.engines.model_builder import MODEL_BUILDER_PRECISIONS
+from phirt.build.precision import Precision
 from phirt.build.recipe import Quantization
 from phirt.devices.names import DeviceName
 from phirt.errors import UnsupportedModelError
@@ -21,6 +22,7 @@ __all__ = [
     "choose_engine",
     "default_precision",
     "quantization_for",
+    "target_of",
 ]
 
 BUILD_FORMATS: Mapping[str, str] = MappingProxyType(
@@ -87,6 +89,11 @@ class Target:
         """Whether an ONNX graph computes in float16: GPUs attend in nothing wider."""
         return self.format == "onnx" and self.device != "cpu" and self.precision != "fp32"
 
+    @property
+    def float_embedding(self) -> bool:
+        """Whether the embedding stays in floats: DirectML reads no rows of quantized ones."""
+        return self.format == "onnx" and self.device == "directml"
+
 
 def default_precision(format: str, device: str) -> str:  # noqa: A002  # as it is called
     """The precision where none was asked for: the fastest that is close to the original.
@@ -103,22 +110,45 @@ def default_precision(format: str, device: str) -> str:  # noqa: A002  # as it i
     return "int8"
 
 
-def choose_engine(target: Target, *, architecture: str, engine: str) -> str:
+def target_of(*, format: str, precision: str, device: str) -> Target:  # noqa: A002  # as called
+    """What the arguments of a build ask for.
+
+    Args:
+        format: One of `BUILD_FORMATS`.
+        precision: A `Precision`, or ``"auto"``.
+        device: A name of a device.
+
+    Raises:
+        ValueError: One of them is not, or the device is ``"auto"``.
+    """
+    kind = check_device(device)
+    _check_one_of(BUILD_FORMATS, format=format)
+    if precision == "auto":
+        precision = default_precision(format, kind)
+    _check_one_of([each.value for each in Precision], precision=precision)
+    return Target(format, kind, precision)
+
+
+def _check_one_of(known: Iterable[str], **named: str) -> None:
+    for name, value in named.items():
+        if value not in known:
+            raise ValueError(f"{name}={value!r} is not one of {', '.join(known)}")
+
+
+def choose_engine(target: Target, *, architecture: str | None, engine: str) -> str:
     """Who builds it: ``"phirt"``, ``"model-builder"`` or ``"mlx"``.
 
     Args:
         target: What is to be built.
-        architecture: ``model_type`` of the checkpoint.
+        architecture: ``model_type`` of the checkpoint; None where it is not known yet, for who
+            would build it of some architecture.
         engine: One of `BUILD_ENGINES`; ``"auto"`` takes phirt's own, where it can.
 
     Raises:
         UnsupportedModelError: Nobody can, or not the one that was named.
-        ValueError: There is no such format or engine.
+        ValueError: There is no such engine.
     """
-    if target.format not in BUILD_FORMATS:
-        raise ValueError(f"format={target.format!r} is not one of {', '.join(BUILD_FORMATS)}")
-    if engine not in BUILD_ENGINES:
-        raise ValueError(f"engine={engine!r} is not one of {', '.join(BUILD_ENGINES)}")
+    _check_one_of(BUILD_ENGINES, engine=engine)
     faults: dict[str, str] = {}
     for name in ("phirt", "model-builder", "mlx"):
         if engine in ("auto", name):
@@ -126,10 +156,11 @@ def choose_engine(target: Target, *, architecture: str, engine: str) -> str:
             if fault is None:
                 return name
             faults[name] = fault
+    source = "" if architecture is None else f" from a checkpoint of {architecture!r}"
     reasons = " ".join(f"{name}: {fault}." for name, fault in faults.items())
     raise UnsupportedModelError(
         f"format={target.format!r}, precision={target.precision!r} for device={target.device!r} "
-        f"is not built from a checkpoint of {architecture!r}. {reasons}"
+        f"is not built{source}. {reasons}"
     )
 
 
@@ -140,7 +171,7 @@ def quantization_for(target: Target, wanted: Quantization | None) -> Quantizatio
     return replace(Quantization(), symmetric=True, block_size=_NPU_BLOCK_SIZE)
 
 
-def _fault(engine: str, target: Target, architecture: str) -> str | None:
+def _fault(engine: str, target: Target, architecture: str | None) -> str | None:
     """Why an engine does not build something; None where it does."""
     offered = _offered(engine, target.format)
     if not offered:
@@ -151,7 +182,9 @@ def _fault(engine: str, target: Target, architecture: str) -> str | None:
     precisions = offered[target.device]
     if target.precision not in precisions:
         return f"for {target.device} it writes {target.format} in {', '.join(precisions)}"
-    if engine != "model-builder" and architecture not in DECODER_ARCHITECTURES:
+    if engine == "model-builder" or architecture is None:
+        return None
+    if architecture not in DECODER_ARCHITECTURES:
         return f"it knows the architectures {', '.join(DECODER_ARCHITECTURES)}"
     return None
 
