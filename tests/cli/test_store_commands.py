@@ -363,9 +363,9 @@ class TestCollect:
 
 
 def test_every_command_has_its_arguments_and_its_function():
+    needs = {"show": ["NAME"], "rm": ["NAME"], "quality": ["REFERENCE", "CANDIDATE"]}
     for name in _COMMANDS:
-        needs = ["NAME"] if name in {"show", "rm"} else []
-        arguments = parse([name, *needs, "--json", "-v"])
+        arguments = parse([name, *needs.get(name, []), "--json", "-v"])
         assert isinstance(arguments, argparse.Namespace)
         assert (arguments.command, arguments.json, arguments.verbose) == (name, True, 1)
 
