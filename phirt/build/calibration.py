@@ -8,10 +8,8 @@ kinds, and no part of what `phirt quality` measures on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,8 +17,8 @@ from phirt.backends.reference.decoder import Decoder
 from phirt.build.checkpoint import Checkpoint
 from phirt.build.gptq import quantize_with_inputs
 from phirt.build.precision import EMBEDDING
-from phirt.build.quantize import QuantizedMatrix
 from phirt.build.recipe import Recipe
+from phirt.build.rounding import RoundedFiles, check_blocks
 from phirt.errors import UnsupportedModelError
 from phirt.models.decoder_config import DecoderConfig
 from phirt.types import FloatArray, IntArray, Progress, ProgressCallback
@@ -37,10 +35,10 @@ def calibrate(
     checkpoint: Checkpoint,
     recipe: Recipe,
     token_ids: IntArray,
-    folder: Path,
+    rounded: RoundedFiles,
     *,
     progress: ProgressCallback | None = None,
-) -> Mapping[str, QuantizedMatrix]:
+) -> None:
     """Round every matrix that a recipe rounds to 4 bits; the embedding and LM head excepted.
 
     Inputs of the widest matrix, and three times the square of its width, are in memory at
@@ -50,21 +48,16 @@ def calibrate(
         checkpoint: The weights.
         recipe: What is rounded, and how.
         token_ids: Shape (sequences, tokens).
-        folder: An empty folder for what was rounded, which the caller keeps as long as the
-            result is used, and removes.
+        rounded: Receives what is rounded.
         progress: Called for every matrix.
-
-    Returns:
-        The rounded matrices by their names, read when they are asked for.
 
     Raises:
         ModelFormatError: A tensor is damaged.
         UnsupportedModelError: Blocks do not divide a matrix.
     """
-    weights = _CalibratedWeights(checkpoint, recipe, folder, progress)
+    weights = _CalibratedWeights(checkpoint, recipe, rounded, progress)
     with np.errstate(over="ignore", invalid="ignore"):
         Decoder(checkpoint.config, weights).forward(token_ids)  # type: ignore[arg-type]  # rows of ids make rows of states
-    return weights.rounded
 
 
 def calibration_tokens(encode: _Encode, config: DecoderConfig) -> IntArray:
@@ -91,49 +84,6 @@ def calibration_tokens(encode: _Encode, config: DecoderConfig) -> IntArray:
     return np.stack([ids[start : start + length] for start in starts])
 
 
-class _RoundedFiles(Mapping[str, QuantizedMatrix]):
-    """Rounded matrices, a file each."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._names: dict[str, Path] = {}
-        # The canary asks for a matrix again and again, some rows of it at a time.
-        self._last: tuple[str, QuantizedMatrix] | None = None
-
-    def add(self, name: str, matrix: QuantizedMatrix) -> None:
-        path = self._folder / f"{len(self._names)}.npz"
-        parts: dict[str, Any] = {"values": matrix.values, "scales": matrix.scales}
-        if matrix.zero_points is not None:
-            parts["zero_points"] = matrix.zero_points
-        np.savez(path, allow_pickle=False, **parts)
-        self._names[name] = path
-
-    def __getitem__(self, name: str) -> QuantizedMatrix:
-        last = self._last
-        if last is not None and last[0] == name:
-            return last[1]
-        with np.load(self._names[name]) as parts:
-            values = parts["values"]
-            matrix = QuantizedMatrix(
-                bits=4,
-                block_size=2 * values.shape[-1],
-                values=values,
-                scales=parts["scales"],
-                zero_points=parts.get("zero_points"),
-            )
-        self._last = name, matrix
-        return matrix
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._names  # Mapping's own would read the file.
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
 class _CalibratedWeights:
     """Weights that are rounded when they first multiply (a decoder's `Weights`)."""
 
@@ -141,10 +91,10 @@ class _CalibratedWeights:
         self,
         checkpoint: Checkpoint,
         recipe: Recipe,
-        folder: Path,
+        rounded: RoundedFiles,
         progress: ProgressCallback | None,
     ) -> None:
-        self.rounded = _RoundedFiles(folder)
+        self._rounded = rounded
         self._checkpoint = checkpoint
         self._recipe = recipe
         self._progress = progress
@@ -168,19 +118,14 @@ class _CalibratedWeights:
         weights = matrix.float32()
         if self._recipe.rounds_to_4_bits(matrix):
             chosen = self._recipe.quantization
-            if weights.shape[1] % chosen.block_size:
-                raise UnsupportedModelError(
-                    f"Tensor {name!r} has {weights.shape[1]:,} columns, which blocks of "
-                    f"{chosen.block_size} do not divide. Use a smaller block size, or keep it in "
-                    "8 bits."
-                )
+            check_blocks(matrix, chosen.block_size)
             rounded = quantize_with_inputs(
                 weights,
                 self._hessian_of(x),
                 block_size=chosen.block_size,
                 symmetric=chosen.symmetric,
             )
-            self.rounded.add(name, rounded)
+            self._rounded.add(name, rounded)
             weights = rounded.dequantize()
         self._seen += 1
         if self._progress is not None:

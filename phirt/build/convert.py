@@ -17,6 +17,7 @@ from phirt.build.checkpoint import Checkpoint
 from phirt.build.documents import genai_document, write_json
 from phirt.build.precision import Precision, check_precision
 from phirt.build.recipe import Quantization, Recipe
+from phirt.build.rounding import RoundedFiles, round_matrices
 from phirt.build.sources import Source, open_source
 from phirt.build.version import CONVERTER_VERSION
 from phirt.build.watched_checkpoint import WatchedCheckpoint
@@ -126,13 +127,16 @@ def convert(
         checkpoint, name = opened.checkpoint, recipe.name
         recipe.quantization.check_patterns(checkpoint.names())
         recipe = replace(recipe, quantization=recipe.quantization.for_decoder(checkpoint.config))
-        if recipe.precision is Precision.INT4 and recipe.quantization.calibrate:
-            # Imported here: few conversions calibrate.
-            from phirt.build.calibration import calibrate, calibration_tokens
+        if recipe.precision is Precision.INT4:
+            rounded = RoundedFiles(scratch)
+            if recipe.quantization.calibrate:
+                # Imported here: few conversions calibrate.
+                from phirt.build.calibration import calibrate, calibration_tokens
 
-            token_ids = calibration_tokens(opened.encode, checkpoint.config)
-            rounded = calibrate(checkpoint, recipe, token_ids, scratch, progress=progress)
-            recipe = replace(recipe, calibrated=rounded)
+                token_ids = calibration_tokens(opened.encode, checkpoint.config)
+                calibrate(checkpoint, recipe, token_ids, rounded, progress=progress)
+            round_matrices(checkpoint, recipe, rounded, progress=progress)
+            recipe = replace(recipe, rounded=rounded)
         watched = WatchedCheckpoint(checkpoint, progress)
         rounding = rounding_of(layout, recipe)
         with canary_beside(checkpoint, opened.encode, rounding) as wait_for_canary:

@@ -10,9 +10,10 @@ import numpy as np
 
 from phirt.build.checkpoint import CheckpointTensor
 from phirt.build.precision import EMBEDDING, Precision
-from phirt.build.quantize import QuantizedMatrix, quantize_int4, quantize_int8
+from phirt.build.quantize import QuantizedMatrix, quantize_int8
 from phirt.build.recipe import Recipe
 from phirt.build.repack import EXACT_ENCODINGS, folding_error, repack
+from phirt.build.rounding import round_matrix
 from phirt.errors import UnsupportedModelError
 from phirt.types import FloatArray
 
@@ -35,7 +36,7 @@ def encode(tensor: CheckpointTensor, recipe: Recipe) -> StoredMatrix:
     Args:
         tensor: The matrix, (out, in), or some of its rows: what becomes of a row does not
             depend on the others.
-        recipe: The recipe. Matrices that it has calibrated are taken from there, whole.
+        recipe: The recipe. Matrices that were rounded already are taken whole.
 
     Raises:
         UnsupportedModelError: The precision cannot hold it.
@@ -45,8 +46,8 @@ def encode(tensor: CheckpointTensor, recipe: Recipe) -> StoredMatrix:
         return tensor.float32()
     if precision is Precision.EXACT:
         return _encode_exact(tensor)
-    if tensor.name in recipe.calibrated:
-        return recipe.calibrated[tensor.name]
+    if tensor.name in recipe.rounded:
+        return recipe.rounded[tensor.name]
     if precision is Precision.INT4:
         if recipe.keeps_own_blocks(tensor):
             own = repack(tensor.encoding, tensor.blocks())
@@ -54,12 +55,7 @@ def encode(tensor: CheckpointTensor, recipe: Recipe) -> StoredMatrix:
             if own.offsets is None or tensor.name != EMBEDDING:
                 return own
         if recipe.rounds_to_4_bits(tensor):
-            chosen = recipe.quantization
-            return quantize_int4(
-                tensor.float32(),
-                block_size=_block_size(tensor, (chosen.block_size,)),
-                symmetric=chosen.symmetric,
-            )
+            return round_matrix(tensor, recipe)
     return quantize_int8(tensor.float32(), block_size=_block_size(tensor, _INT8_BLOCK_SIZES))
 
 
@@ -77,7 +73,7 @@ def rounded(tensor: CheckpointTensor, recipe: Recipe, first_row: int = 0) -> Flo
     stored = encode(tensor, recipe)
     if not isinstance(stored, QuantizedMatrix):
         return stored.astype(recipe.float_type).astype(np.float32)
-    if tensor.name in recipe.calibrated:
+    if tensor.name in recipe.rounded:
         stored = stored.take(first_row, first_row + tensor.shape[0])
     stored = replace(stored, scales=stored.scales.astype(recipe.float_type).astype(np.float32))
     if stored.offsets is None:

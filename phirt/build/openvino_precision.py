@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from phirt.build.checkpoint import CheckpointTensor
 from phirt.build.precision import Precision
-from phirt.build.quantize import QuantizedMatrix, quantize_int4, quantize_int8, split_nibbles
-from phirt.build.recipe import Quantization, Recipe
+from phirt.build.quantize import QuantizedMatrix, quantize_int8, split_nibbles
+from phirt.build.recipe import Recipe
 from phirt.build.repack import EXACT_ENCODINGS, repack
+from phirt.build.rounding import round_matrix
 from phirt.errors import UnsupportedModelError
 from phirt.types import FloatArray
 
@@ -59,7 +60,7 @@ def encode(
     Args:
         tensor: The matrix, (out, in), or some of its rows: what becomes of a row does not
             depend on the others.
-        recipe: The recipe. Matrices that it has calibrated are taken from there, whole.
+        recipe: The recipe. Matrices that were rounded already are taken whole.
 
     Raises:
         UnsupportedModelError: The precision cannot hold it.
@@ -71,12 +72,12 @@ def encode(
             return tensor.float32().astype(np.float16)
         case Precision.EXACT:
             return _encode_exact(tensor)
-        case Precision.INT4 if tensor.name in recipe.calibrated:
-            matrix = recipe.calibrated[tensor.name]
+        case Precision.INT4 if tensor.name in recipe.rounded:
+            matrix = recipe.rounded[tensor.name]
         case Precision.INT4 if recipe.keeps_own_blocks(tensor):
             return _encode_exact(tensor)
         case Precision.INT4 if recipe.rounds_to_4_bits(tensor):
-            matrix = _quantize_int4(tensor, recipe.quantization)
+            matrix = round_matrix(tensor, recipe)
         case _:  # One scale a row: what OpenVINO multiplies by most quickly.
             matrix = quantize_int8(tensor.float32(), block_size=tensor.shape[-1])
     return _integers(matrix)
@@ -93,8 +94,8 @@ def rounded(tensor: CheckpointTensor, recipe: Recipe, first_row: int = 0) -> Flo
     Raises:
         UnsupportedModelError: The precision cannot hold it.
     """
-    if tensor.name in recipe.calibrated:
-        whole = recipe.calibrated[tensor.name]
+    if tensor.name in recipe.rounded:
+        whole = recipe.rounded[tensor.name]
         return whole.take(first_row, first_row + tensor.shape[0]).dequantize()
     stored = encode(tensor, recipe)
     if isinstance(stored, IntegerMatrix):
@@ -112,16 +113,6 @@ def _encode_exact(tensor: CheckpointTensor) -> FloatArray | IntegerMatrix:
         f"{tensor.encoding}; exact takes {', '.join(sorted(EXACT_ENCODINGS | _FLOAT_ENCODINGS))}. "
         "Use precision='fp32', which keeps any encoding's values, or 'int8'."
     )
-
-
-def _quantize_int4(tensor: CheckpointTensor, chosen: Quantization) -> QuantizedMatrix:
-    if tensor.shape[-1] % chosen.block_size:
-        raise UnsupportedModelError(
-            f"Tensor {tensor.name!r} has {tensor.shape[-1]:,} columns, which blocks of "
-            f"{chosen.block_size} do not divide, so that it cannot be stored in 4 bits. "
-            "Use precision='int8', or a smaller block size."
-        )
-    return quantize_int4(tensor.float32(), block_size=chosen.block_size, symmetric=chosen.symmetric)
 
 
 def _integers(matrix: QuantizedMatrix) -> IntegerMatrix:

@@ -25,6 +25,8 @@ DEFAULT_INT8_LAYERS = ("embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj")
 """What ``int4`` keeps in 8 bits. Queries, keys and values caused half of the KL of SmolLM2 in 4
 bits."""
 
+_VECTORS = ("norm.weight", ".bias")
+
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """The block sizes that ONNX Runtime's MatMulNBits multiplies by."""
 
@@ -79,13 +81,14 @@ class Quantization:
         Raises:
             ValueError: One was given that matches none.
         """
-        names = [LM_HEAD, *tensors]  # which is there even where it is the embedding
+        # The LM head is there even where it is the embedding.
+        names = [LM_HEAD, *(name for name in tensors if not name.endswith(_VECTORS))]
         for pattern in self.int8_layers:
             only = replace(self, int8_layers=(pattern,))
             if pattern not in DEFAULT_INT8_LAYERS and not any(map(only.keeps_8_bits, names)):
                 raise ValueError(
                     f"int8_layers has the pattern {pattern!r}, which matches no matrix of the "
-                    f"model; names read like {names[-2].removesuffix('.weight')!r}"
+                    "model; names read like 'model.layers.0.mlp.down_proj'"
                 )
 
     def for_decoder(self, config: DecoderConfig) -> Quantization:
@@ -108,16 +111,14 @@ class Recipe:
             whatever its weights are stored in; that of ``fp16`` does in any case.
         float_embedding: Whether an ONNX graph reads the embedding as floats in any case: not
             every execution provider reads rows of quantized ones.
-        calibrated: Matrices that were rounded already, by the names of their tensors.
+        rounded: Matrices that were rounded already, by the names of their tensors.
     """
 
     precision: Precision
     quantization: Quantization = Quantization()
     half: bool = False
     float_embedding: bool = False
-    calibrated: Mapping[str, QuantizedMatrix] = field(
-        default_factory=dict, compare=False, repr=False
-    )
+    rounded: Mapping[str, QuantizedMatrix] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def float_type(self) -> type[np.float32] | type[np.float16]:
