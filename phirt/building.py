@@ -135,6 +135,7 @@ def build_model(
         StoreError: The folder exists, its disk is full, or it cannot be written.
         BackendError: ``max_kl`` is given, and no backend here runs what was built.
         DeviceError: Likewise, no such device.
+        TypeError: ``check_tokens`` is no whole number.
         ValueError: An argument is out of range or does not belong to the engine.
     """
     target = target_of(format=format, precision=precision, device=device)
@@ -371,8 +372,12 @@ def _check_apart(source: Path, out: Path) -> None:
 def _check_bound(max_kl: float, tokens: int) -> None:
     if not 0 < max_kl < float("inf"):
         raise ValueError(f"max_kl={max_kl} must be a number of nats above 0")
-    if isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1:
-        raise ValueError(f"check_tokens={tokens!r} must be a whole number of at least 1")
+    number: object = tokens
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"check_tokens must be an int, not {number!r}")
+    from phirt.quality.spans import check_enough, read_sections
+
+    check_enough(read_sections(None), tokens)
 
 
 def _check_runs(target: Target, device: str) -> None:
@@ -400,6 +405,7 @@ def _check_quality(
     """
     from phirt.build.convert import convert
     from phirt.quality.comparison import compare_quality
+    from phirt.quality.report import KERNEL_NAMES
 
     backend = _BACKENDS[target.format]
     with tempfile.TemporaryDirectory(
@@ -429,12 +435,12 @@ def _check_quality(
             backend=backend,
             progress=progress,
         )
-    worst = max((figures.figures.kl_mean, kernel) for kernel, figures in report.kernels.items())
-    if worst[0] > max_kl:
+    worst, kernel = max((each.figures.kl_mean, name) for name, each in report.kernels.items())
+    if worst > max_kl:
         raise QualityCheckError(
-            f"The build is worse than asked: with the {worst[1]} kernels its mean KL divergence "
-            f"from the original weights is {worst[0]:.4f} nats, and at most {max_kl:g} was asked "
-            "for. Nothing was left behind. Choose another precision, or let it be calibrated."
+            f"The build is worse than asked: with the {KERNEL_NAMES[kernel]} kernels its mean KL "
+            f"divergence from the original weights is {worst:.4f} nats, and at most {max_kl:g} was "
+            "asked for. Nothing was left behind. Choose another precision, or let it be calibrated."
         )
     return report
 

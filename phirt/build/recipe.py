@@ -61,8 +61,9 @@ class Quantization:
         if self.block_size not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
             raise ValueError(f"block_size={self.block_size!r} is not one of {sizes}")
-        if isinstance(self.int8_layers, str):  # of which each letter would be a pattern
-            raise TypeError(f"int8_layers must be a tuple of patterns, not {self.int8_layers!r}")
+        patterns: object = self.int8_layers
+        if isinstance(patterns, str):  # of which each letter would be a pattern
+            raise TypeError(f"int8_layers must be a tuple of patterns, not {patterns!r}")
 
     def keeps_8_bits(self, tensor: str) -> bool:
         """Whether the matrix of that name gets 8 bits."""

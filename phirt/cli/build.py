@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from phirt.cli.announce import Announcer
@@ -30,6 +33,8 @@ def build(arguments: argparse.Namespace) -> None:
         PhirtError: It cannot be built, or is worse than asked.
     """
     if arguments.prepare_engine is not None:
+        if arguments.source is not None or arguments.out is not None:
+            raise UsageError("--prepare-engine builds nothing: leave SOURCE and -o OUT out")
         _prepare(arguments)
         return
     if arguments.requirements or arguments.force:
@@ -116,6 +121,14 @@ def _options(extra: list[str]) -> Mapping[str, str]:
     return options
 
 
+def _quoted(path: Path) -> str:
+    """A path as a shell takes it, in quotes where it needs them."""
+    text = plain(str(path))
+    if os.name == "nt":
+        return f'"{text}"' if " " in text else text
+    return shlex.quote(text)
+
+
 def _lines(report: BuildReport, *, width: int) -> Iterator[Line]:
     what = f"{report.format}, {report.precision} for {report.device}"
     yield [(plain(str(report.path)), "bold")]
@@ -130,12 +143,14 @@ def _lines(report: BuildReport, *, width: int) -> Iterator[Line]:
             width=width,
         )
     if report.quality is not None:
+        from phirt.quality.report import KERNEL_NAMES
+
         kernels = ", ".join(
-            f"{each.figures.kl_mean:.4f} ({name} kernels)"
+            f"{each.figures.kl_mean:.4f} ({KERNEL_NAMES[name]} kernels)"
             for name, each in report.quality.kernels.items()
         )
         yield from paragraph(f"Mean KL from fp32 on text: {kernels}.", width=width)
     yield []
     yield from paragraph(
-        f'Run it: phirt run -m {plain(str(report.path))} "Hello"', width=width, style="dim"
+        f'Run it: phirt run -m {_quoted(report.path)} "Hello"', width=width, style="dim"
     )

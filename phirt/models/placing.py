@@ -24,7 +24,7 @@ from phirt.models.staging import Fill, publish, sync_tree
 
 __all__ = ["check_place", "place"]
 
-_LEFTOVER = re.compile(r"\..+\.phirt-build@([0-9a-f]{12}\.\d+)\.[0-9a-f]{8}")
+_LEFTOVER = re.compile(r"\..+\.phirt-build@([0-9a-f]{12}\.\d+)\.[0-9a-f]{8}", re.DOTALL)
 
 
 def place(target: Path, fill: Fill, *, overwrite: bool = False, needed_bytes: int = 0) -> None:
@@ -42,10 +42,15 @@ def place(target: Path, fill: Fill, *, overwrite: bool = False, needed_bytes: in
         StoreError: Something is there, the disk is full, or the folder cannot be written.
     """
     check_place(target, overwrite=overwrite)
-    with _disk_errors(target, needed_bytes), _parents_of(target):
+    tag = f"{owner_tag()}.{secrets.token_hex(4)}"
+    work = target.parent / f".{target.name}.phirt-build@{tag}"
+
+    def refuse_other() -> None:
+        """Whatever somebody else has put there meanwhile is as safe as what was there before."""
+        check_place(target, overwrite=overwrite)
+
+    with _disk_errors(target, work, needed_bytes), _parents_of(target):
         _sweep(target.parent)
-        tag = f"{owner_tag()}.{secrets.token_hex(4)}"
-        work = target.parent / f".{target.name}.phirt-build@{tag}"
         try:
             content = work / "content"
             content.mkdir(parents=True)
@@ -54,8 +59,8 @@ def place(target: Path, fill: Fill, *, overwrite: bool = False, needed_bytes: in
             fill(content)
             kill_point("sync")
             sync_tree(content)
-            check_place(target, overwrite=overwrite)  # Somebody else may have been there.
-            publish(content, target, find=lambda: None, aside=work)
+            refuse_other()
+            publish(content, target, find=refuse_other, aside=work)
             kill_point("published")
         finally:
             shutil.rmtree(work, ignore_errors=True)
@@ -69,20 +74,31 @@ def check_place(target: Path, *, overwrite: bool = False) -> None:
         overwrite: Whether a folder that phirt built may be replaced.
 
     Raises:
-        StoreError: A file or a folder with content is there.
+        StoreError: A file, a link or a folder with content is there.
     """
     if not os.path.lexists(target):
         return
-    if target.is_dir() and not target.is_symlink():
-        if not any(target.iterdir()):
+    if target.is_symlink():
+        # Of what it leads to, others may know by another name.
+        raise StoreError(
+            f"{target} is a link, which is neither followed nor replaced. Name the folder that it "
+            "leads to, or another."
+        )
+    try:
+        if target.is_dir() and not any(target.iterdir()):
             return
-        if (target / MANIFEST_NAME).is_file():
-            if overwrite:
-                return
-            raise StoreError(
-                f"{target} is a model already. Name another folder, or pass --overwrite "
-                "(overwrite=True) to replace it."
-            )
+        is_model = (target / MANIFEST_NAME).is_file()
+    except OSError as error:
+        raise StoreError(
+            f"{target} cannot be read: {error.strerror or error}. Name another folder."
+        ) from error
+    if is_model:
+        if overwrite:
+            return
+        raise StoreError(
+            f"{target} is a model already. Name another folder, or pass --overwrite "
+            "(overwrite=True) to replace it."
+        )
     raise StoreError(
         f"{target} exists and is no model that phirt built, so it is not overwritten. Name "
         "another folder."
@@ -93,11 +109,11 @@ def check_place(target: Path, *, overwrite: bool = False) -> None:
 def _parents_of(target: Path) -> Iterator[None]:
     """Make the folders above a place, and remove them again where nothing came of it."""
     made: list[Path] = []
-    for parent in reversed(target.parents):
-        if not parent.exists():
-            parent.mkdir(exist_ok=True)
-            made.append(parent)
     try:
+        for parent in reversed(target.parents):
+            if not parent.exists():
+                parent.mkdir(exist_ok=True)
+                made.append(parent)
         yield
     except BaseException:
         for parent in reversed(made):
@@ -107,7 +123,7 @@ def _parents_of(target: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _disk_errors(target: Path, needed_bytes: int) -> Iterator[None]:
+def _disk_errors(target: Path, work: Path, needed_bytes: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
@@ -120,12 +136,18 @@ def _disk_errors(target: Path, needed_bytes: int) -> Iterator[None]:
             ) from error
         if isinstance(error, OSError) and not isinstance(error, FileExistsError):
             named = error.filename or error.filename2
-            if named is None or Path(str(named)).is_relative_to(target.parent):
+            # What is read lies elsewhere, and may lie beside it.
+            if named is None or _is_of(Path(str(named)), target, work):
                 raise StoreError(
                     f"{target} cannot be written: {error.strerror or error}. Name a folder that "
                     "you may write to."
                 ) from error
         raise
+
+
+def _is_of(path: Path, target: Path, work: Path) -> bool:
+    """Whether a path is one of those that a build writes to."""
+    return path.is_relative_to(work) or path == target or path in target.parents
 
 
 def _sweep(parent: Path) -> None:

@@ -24,7 +24,7 @@ from phirt.quality.report import (
     Side,
     SpanFigures,
 )
-from phirt.quality.spans import Span, cut_spans, read_sections
+from phirt.quality.spans import Span, check_enough, cut_spans, read_sections
 from phirt.quality.speed import compare_speed
 from phirt.quality.verdict import Thresholds, Verdict, is_uncertain, judge
 from phirt.quality.worst import Judged, worst_positions
@@ -99,6 +99,7 @@ def compare_quality(
     thresholds = _thresholds(max_kl, min_agreement)
     _check_tokens(tokens)
     sections = read_sections(text)
+    check_enough(sections, tokens)  # before models are loaded
     theirs = _Choice("reference_", reference_device, reference_backend, reference_precision)
     ours = _Choice("", device, backend, precision)
     for model, choice in ((reference, theirs), (candidate, ours)):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from phirt.text.tokenizer import Tokenizer
 
-__all__ = ["MOST_TOKENS", "Span", "cut_spans", "read_sections", "read_text"]
+__all__ = ["MOST_TOKENS", "Span", "check_enough", "cut_spans", "read_sections", "read_text"]
 
 MOST_TOKENS = 128
 """Tokens of a span: enough context that a model knows what it is reading."""
@@ -97,6 +97,23 @@ def _own_sections() -> Mapping[str, str]:
     return {file.name.removesuffix(".txt"): file.read_text(encoding="utf-8") for file in texts}
 
 
+def check_enough(sections: Mapping[str, str], tokens: int) -> None:
+    """Refuse to compare on next to nothing.
+
+    Args:
+        sections: Texts by name.
+        tokens: About how many tokens are taken of all together.
+
+    Raises:
+        ValueError: They are too few.
+    """
+    if tokens < _FEWEST * len(sections):
+        raise ValueError(
+            f"tokens={tokens} is too few for {len(sections)} texts: at least "
+            f"{_FEWEST * len(sections)} are needed, {_FEWEST} for each."
+        )
+
+
 def cut_spans(
     sections: Mapping[str, str], tokenizer: Tokenizer, *, tokens: int, longest: int
 ) -> list[Span]:
@@ -114,11 +131,7 @@ def cut_spans(
     """
     prefix = _prefix_of(tokenizer)
     most = min(MOST_TOKENS, longest - len(prefix))
-    if tokens < _FEWEST * len(sections):
-        raise ValueError(
-            f"tokens={tokens} is too few for {len(sections)} texts: at least "
-            f"{_FEWEST * len(sections)} are needed, {_FEWEST} for each."
-        )
+    check_enough(sections, tokens)
     count = max(len(sections), tokens // most)
     size = min(most, max(_FEWEST, tokens // count))
     each, more = divmod(count, len(sections))
