@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +100,63 @@ def test_what_is_not_there_or_is_no_float_is_a_typed_error(tmp_path):
             tensors.float32("other")
         with pytest.raises(UnsupportedModelError, match="'packed' is U32"):
             tensors.float32("packed")
+
+
+class TestReading:
+    """Copies of a tensor's bytes, from a file that is not mapped."""
+
+    def test_any_part_of_a_tensor(self, tmp_path):
+        with SafetensorsFolder(write(tmp_path, encode(HEADER))) as tensors:
+            assert tensors.read("packed", 0, 4).tolist() == [1, 2, 3, 4]
+            assert tensors.read("packed", 1, 2).tolist() == [2, 3]
+            np.testing.assert_array_equal(
+                tensors.read("single", 4, 20).view("<f4"), VALUES.flat[1:]
+            )
+            assert tensors.read("none", 0, 0).shape == (0,)
+
+    def test_it_is_the_callers_own(self, tmp_path):
+        with SafetensorsFolder(write(tmp_path, encode(HEADER))) as tensors:
+            tensors.read("packed", 0, 4)[:] = 0
+            assert tensors.read("packed", 0, 4).tolist() == [1, 2, 3, 4]
+
+    def test_each_shard_from_its_own_file(self, sharded):
+        with SafetensorsFolder(sharded) as tensors:
+            np.testing.assert_array_equal(tensors.read("last", 0, 24).view("<f4"), VALUES.flat)
+            np.testing.assert_array_equal(tensors.read("half", 0, 12).view("<f2"), VALUES.flat)
+
+    def test_many_threads_at_once(self, tmp_path):
+        with (
+            SafetensorsFolder(write(tmp_path, encode(HEADER))) as tensors,
+            ThreadPoolExecutor(8) as pool,
+        ):
+            places = [(start, 24 - start) for start in range(24)] * 50
+            found = pool.map(lambda place: tensors.read("single", *place), places)
+            whole = VALUES.tobytes()
+            assert [each.tobytes() for each in found] == [whole[start:] for start, _ in places]
+
+    def test_a_file_that_has_shrunk_since_is_a_typed_error(self, tmp_path):
+        path = write(tmp_path, encode(HEADER)) / "model.safetensors"
+        with SafetensorsFolder(tmp_path) as tensors:
+            os.truncate(path, path.stat().st_size - 5)  # the scalar, and a byte of "packed"
+            assert tensors.read("brain", 0, 12).size == 12
+            for name in ("packed", "scalar"):
+                with pytest.raises(ModelFormatError, match="become shorter while it was read"):
+                    tensors.read(name, 0, 4)
+
+    def test_a_closed_folder_reads_nothing(self, tmp_path):
+        tensors = SafetensorsFolder(write(tmp_path, encode(HEADER)))
+        tensors.read("packed", 0, 4)
+        tensors.close()
+        tensors.close()
+        with pytest.raises(ValueError, match="are closed"):
+            tensors.read("packed", 0, 4)
+
+    def test_what_is_not_there_is_a_typed_error(self, tmp_path):
+        with (
+            SafetensorsFolder(write(tmp_path, encode(HEADER))) as tensors,
+            pytest.raises(ModelFormatError, match="no tensor 'other'"),
+        ):
+            tensors.read("other", 0, 1)
 
 
 @pytest.fixture

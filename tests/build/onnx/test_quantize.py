@@ -97,6 +97,51 @@ class TestInt4:
         assert (np.sign(found) == sign).all()
 
 
+class TestSymmetricInt4:
+    @given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from([16, 32, 64, 128, 256]))
+    def test_never_worse_than_plain_rounding_to_the_furthest(self, seed, size):
+        # 0.7 to 1.2 of the range hold 1, and then the scale is fitted to the integers.
+        random = np.random.default_rng(seed)
+        values = random.standard_normal((8, 512)) * 10.0 ** random.uniform(-9, 9, (8, 1))
+        values += random.choice([0, 1]) * values.std()
+        weights = values.astype(np.float32)
+        blocks = weights.reshape(8, -1, size)
+        found = quantize_int4(weights, block_size=size, symmetric=True).dequantize()
+        plain = quantize_symmetric_int4(blocks).dequantize()
+        errors = [
+            ((each.reshape(blocks.shape) - blocks).astype(np.float64) ** 2).sum(axis=-1)
+            for each in (found, plain)
+        ]
+        rounding = 1e-12 * (blocks.astype(np.float64) ** 2).sum(axis=-1)  # of float32 itself
+        assert (errors[0] <= errors[1] * (1 + 1e-4) + rounding).all()
+
+    def test_a_tenth_better_on_normal_weights(self):
+        weights = np.random.default_rng(1).standard_normal((64, 512)).astype(np.float32)
+        found = quantize_int4(weights, block_size=32, symmetric=True)
+        plain = quantize_symmetric_int4(weights.reshape(64, -1, 32))
+        assert squared_error(weights, found).sum() < 0.9 * squared_error(weights, plain).sum()
+
+    def test_the_zero_point_is_in_the_middle_and_stored_nowhere(self):
+        weights = np.random.default_rng(2).standard_normal((4, 64)).astype(np.float32)
+        weights[0] = 0
+        found = quantize_int4(weights, block_size=32, symmetric=True)
+        assert found.zero_points is None
+        assert (found.values[0] == 0x88).all(), "zero is 8"
+        assert (found.dequantize()[0] == 0).all()
+        turned = quantize_int4(-weights, block_size=32, symmetric=True)
+        np.testing.assert_allclose(turned.dequantize(), -found.dequantize(), rtol=1e-5)
+
+    def test_the_peak_may_lie_on_either_side(self):
+        # -8 to 7 steps of 1, exactly: the peak is the eighth below zero.
+        weights = np.arange(-8, 8, dtype=np.float32)[None]
+        found = quantize_int4(weights, block_size=16, symmetric=True)
+        np.testing.assert_allclose(found.dequantize(), weights, atol=1e-6)
+        # Seven steps on both sides: with the peak as the eighth, 7 would be 8 of 7/8.
+        weights = np.array([[*range(-7, 8), 0]], np.float32)
+        found = quantize_int4(weights, block_size=16, symmetric=True)
+        np.testing.assert_allclose(found.dequantize(), weights, atol=1e-6)
+
+
 @pytest.mark.parametrize("quantizer", [quantize_int4, quantize_int8])
 class TestBoth:
     @pytest.mark.parametrize("value", [0.0, 1e-42, 1e12])
