@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +13,7 @@ from phirt.build.precision import Precision
 from phirt.build.recipe import Quantization
 from phirt.build.targets import Target, choose_engine, quantization_for, target_of
 from phirt.conversion import needed_packages
-from phirt.errors import QualityCheckError, UnsupportedModelError
+from phirt.errors import UnsupportedModelError
 from phirt.locate import Checkpoint, checkpoint_at, locate, meaning_of
 from phirt.models.catalog import CatalogEntry, PypiSource
 from phirt.models.folder import held_formats
@@ -32,13 +31,6 @@ if TYPE_CHECKING:
 
 __all__ = ["BuildReport", "build_model"]
 
-# Which backend runs what is built, to check it.
-_BACKENDS = {
-    "onnx": "onnxruntime",
-    "openvino": "openvino",
-    "mlx": "mlx",
-    "safetensors": "transformers",
-}
 # Room for what is beside the weights, and for the estimate's own error.
 _MARGIN_BYTES = 1 << 24
 
@@ -149,8 +141,9 @@ def build_model(
     place_ = Path(out).expanduser().absolute()
     check_place(place_, overwrite=overwrite)
     if max_kl is not None:
-        _check_bound(max_kl, check_tokens)
-        _check_runs(target, device)
+        from phirt.quality.build import check_request
+
+        check_request(target, device=device, max_kl=max_kl, tokens=check_tokens)
     checkpoint = _find_checkpoint(source, offline=offline, progress=progress, announce=announce)
     _check_apart(checkpoint.path, place_)
     with needed_packages(checkpoint.path, target.layout):
@@ -166,8 +159,10 @@ def build_model(
             seal_manifest(folder, name=checkpoint.name)
             seconds.append(time.perf_counter() - started)
             if max_kl is not None:
+                from phirt.quality.build import check_build
+
                 quality.append(
-                    _check_quality(
+                    check_build(
                         checkpoint,
                         folder,
                         target,
@@ -367,82 +362,6 @@ def _check_apart(source: Path, out: Path) -> None:
     """Refuse to put a model where its source is, or the source is a part of."""
     if source.resolve().is_relative_to(out.resolve()):
         raise ValueError(f"{out} holds the source, {source}: name another folder to build")
-
-
-def _check_bound(max_kl: float, tokens: int) -> None:
-    if not 0 < max_kl < float("inf"):
-        raise ValueError(f"max_kl={max_kl} must be a number of nats above 0")
-    number: object = tokens
-    if isinstance(number, bool) or not isinstance(number, int):
-        raise TypeError(f"check_tokens must be an int, not {number!r}")
-    from phirt.quality.spans import check_enough, read_sections
-
-    check_enough(read_sections(None), tokens)
-
-
-def _check_runs(target: Target, device: str) -> None:
-    """Refuse a check that this machine cannot make, before anything is built."""
-    from phirt.dispatch.candidates import check_offered, machine_for
-
-    backend = _BACKENDS[target.format]
-    check_offered(machine_for(backend), device=device, backend=backend)
-
-
-def _check_quality(
-    checkpoint: Checkpoint,
-    folder: Path,
-    target: Target,
-    *,
-    device: str,
-    max_kl: float,
-    tokens: int,
-    progress: ProgressCallback | None,
-) -> QualityReport:
-    """Hold what was built against the original weights in fp32.
-
-    Raises:
-        QualityCheckError: It is worse than asked.
-    """
-    from phirt.build.convert import convert
-    from phirt.quality.comparison import compare_quality
-    from phirt.quality.report import KERNEL_NAMES
-
-    backend = _BACKENDS[target.format]
-    with tempfile.TemporaryDirectory(
-        prefix=".phirt-", dir=folder.parent, ignore_cleanup_errors=True
-    ) as scratch:
-        reference = Path(scratch) / "fp32"
-        reference.mkdir()
-        layout = target.layout if target.format != "mlx" else "safetensors"
-        convert(
-            checkpoint.path,
-            reference,
-            layout=layout,
-            precision="fp32",
-            source_id=checkpoint.source_id,
-            progress=progress,
-        )
-        report = compare_quality(
-            reference,
-            folder,
-            tokens=tokens,
-            max_kl=max_kl,
-            min_agreement=0.0,
-            speed=False,
-            reference_device="cpu",
-            reference_backend=backend,
-            device=device,
-            backend=backend,
-            progress=progress,
-        )
-    worst, kernel = max((each.figures.kl_mean, name) for name, each in report.kernels.items())
-    if worst > max_kl:
-        raise QualityCheckError(
-            f"The build is worse than asked: with the {KERNEL_NAMES[kernel]} kernels its mean KL "
-            f"divergence from the original weights is {worst:.4f} nats, and at most {max_kl:g} was "
-            "asked for. Nothing was left behind. Choose another precision, or let it be calibrated."
-        )
-    return report
 
 
 def _report(

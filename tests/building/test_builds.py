@@ -17,6 +17,7 @@ import pytest
 import phirt
 from phirt.build.recipe import Quantization
 from phirt.building import BuildReport, build_model
+from phirt.errors import EngineFailedError, UnsupportedModelError
 from phirt.models.canary import read_canary
 from phirt.models.hashing import sha256_of
 from phirt.models.manifest import read_manifest
@@ -98,6 +99,55 @@ def test_what_is_built_loads_where_it_was_built_for_and_generates(llama, place, 
     is_lossless = precision in ("fp32", "exact")
     assert canary.own_kl == 0 if is_lossless else 0 < (canary.own_kl or 0) < 1
     assert json.loads(json.dumps(report.to_json()))["path"] == str(out)
+
+
+@pytest.mark.slow  # engines, each in a process of its own
+@pytest.mark.parametrize(
+    "build",
+    [
+        ("mlx", "fp16", "mlx", "phirt"),  # which writes floats as mlx-lm would
+        ("mlx", "int4", "mlx", "mlx-lm"),
+        ("onnx", "int4", "model-builder", "onnxruntime-genai"),
+        ("onnx", "fp32", "model-builder", "onnxruntime-genai"),
+    ],
+)
+def test_what_others_engines_build_is_as_complete(llama, place, build):
+    kind, precision, engine, package = build
+    require("mlx", "mlx_lm") if engine == "mlx" else require("onnxruntime_genai", "torch")
+    out = place / "out"
+    chosen = "auto" if kind == "mlx" else engine
+    report = build_model(llama, out, format=kind, precision=precision, engine=chosen)
+    assert (report.engine, report.own_kl) == (engine, None)
+    assert [path.name for path in place.iterdir()] == ["out"]
+    assert is_whole(out)
+    assert read_canary(out) is not None, "of the original weights"
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert dict(manifest.build) == {
+        "engine": engine,
+        "options": {},
+        "format": kind,
+        "device": "cpu",
+    }
+    assert manifest.precision == precision
+    assert {"phirt", package} <= set(manifest.versions)
+    backend = "mlx" if kind == "mlx" else "onnxruntime-genai"
+    with phirt.load(out, device="cpu", backend=backend) as model:
+        generation = model.generate(TOKENS, max_new_tokens=4, temperature=0, ignore_eos=True)
+    assert len(generation.token_ids) == 4
+
+
+@pytest.mark.slow
+def test_an_architecture_that_only_model_builder_knows_is_its_to_refuse(tmp_path, place):
+    require("onnxruntime_genai", "torch")
+    source = write_tiny_checkpoint(tmp_path / "source", "phimoe")
+    with pytest.raises(UnsupportedModelError, match="builds for cuda in int4 alone"):
+        build_model(source, place / "out", precision="fp32")
+    assert not any(place.iterdir())
+    # It reads what LongRoPE needs, which this tiny one has not, and ends with an exception.
+    with pytest.raises(EngineFailedError, match="original_max_position_embeddings"):
+        build_model(source, place / "a" / "out", device="cuda", precision="int4")
+    assert not any(place.iterdir())
 
 
 def test_what_a_folder_says_of_itself(tiny_gguf, place):
