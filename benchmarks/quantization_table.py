@@ -21,6 +21,7 @@ from pathlib import Path
 
 import phirt
 from benchmarks.builds import Built, build
+from benchmarks.test_build import CALIBRATED
 
 PAGE = Path(__file__).parents[1] / "docs" / "quantization.md"
 BEGIN = "<!-- the next lines are written by benchmarks/quantization_table.py -->"
@@ -62,6 +63,7 @@ def variants() -> Iterator[Variant]:
     yield Variant("int4, symmetric", (*onnx, *INT4, "--symmetric"))
     yield Variant("int4, calibrated", (*onnx, *INT4, "--calibrate"))
     yield Variant("int4, symmetric, calibrated", (*onnx, *INT4, "--symmetric", "--calibrate"))
+    yield Variant("int4, mixed, symmetric, calibrated", (*onnx, *CALIBRATED))
     for precision in ("exact", "int8", "int4"):
         yield Variant(f"{precision} of the GGUF file", (*onnx, "--precision", precision), True)
     for precision in ("fp32", "int8", "int4"):

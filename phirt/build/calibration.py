@@ -25,7 +25,7 @@ from phirt.types import FloatArray, IntArray, Progress, ProgressCallback
 
 __all__ = ["calibrate", "calibration_tokens"]
 
-_SEQUENCES, _LENGTH = 16, 160
+_SEQUENCES, _LENGTH = 32, 160
 _LEAST_LENGTH = 8
 
 _Encode = Callable[[str], Sequence[int]]

@@ -14,6 +14,7 @@ import numpy as np
 from phirt.build.quantize import (
     QuantizedMatrix,
     pack_int4,
+    quantize_int4,
     reciprocal,
     round_to_steps,
     search_scales,
@@ -42,17 +43,16 @@ def quantize_with_inputs(
         symmetric: Whether the zero point is 8 everywhere.
 
     Returns:
-        The matrix; without a hint of what matters (``hessian`` is 0 or not finite) the one
-        of least error of the weights themselves.
+        The matrix; without a hint of what matters (``hessian`` is 0 or not finite) that of
+        `phirt.build.quantize.quantize_int4`.
     """
     rows, columns = weights.shape
     upper = _upper_of_inverse(hessian)
     if upper is None:
-        upper, importance = np.eye(columns, dtype=np.float32), np.ones(columns, np.float32)
-    else:
-        # Damped, too: a block whose inputs were all zero in the text still rounds its weights.
-        diagonal = np.diag(hessian)
-        importance = (diagonal + _DAMPING * diagonal.mean()).astype(np.float32)
+        return quantize_int4(weights, block_size=block_size, symmetric=symmetric)
+    # Damped, too: a block whose inputs were all zero in the text still rounds its weights.
+    diagonal = np.diag(hessian)
+    importance = (diagonal + _DAMPING * diagonal.mean()).astype(np.float32)
     left = weights.T.copy()  # columns as rows, which lie in one piece
     steps = np.empty((columns, rows), np.float32)
     scales = np.empty((columns // block_size, rows), np.float32)

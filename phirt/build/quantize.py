@@ -142,7 +142,7 @@ def quantize_int8(weights: FloatArray, *, block_size: int) -> QuantizedMatrix:
 def quantize_int4(
     weights: FloatArray, *, block_size: int, symmetric: bool = False
 ) -> QuantizedMatrix:
-    """Round to 16 levels, with the scale of least squared error that a search finds, per block.
+    """Round to 16 levels, with the scale of least weighted error that a search finds, per block.
 
     Args:
         weights: Shape (rows, columns), columns a multiple of ``block_size``.
@@ -170,7 +170,10 @@ def search_scales(
         blocks: Shape (rows, blocks, block size).
         symmetric: Whether the zero point is 8 everywhere.
         importance: What the squared error of each column of a block counts, shape (block
-            size,); None for 1.
+            size,); None for the magnitude of the weight itself plus the block's root mean
+            square, as llama.cpp weighs where it knows of no inputs (``make_qkx2_quants`` in
+            ggml-quants.c): large weights do more, and counting all alike clips them. On SmolLM2
+            that loses 14 % more in KL, and more than no search does.
 
     Returns:
         Scales and zero points, each (rows, blocks).
@@ -186,16 +189,18 @@ def search_scales(
         high = np.maximum(blocks.max(axis=-1), 0)
         steps, fractions = [(high - low) / 15], _RANGE_FRACTIONS
         zero = np.rint(-low * reciprocal(steps[0]))
-    weighted = blocks if importance is None else blocks * importance
+    if importance is None:
+        root_mean_square = np.sqrt(np.einsum("rbi,rbi->rb", blocks, blocks) / blocks.shape[-1])
+        importance = np.abs(blocks) + root_mean_square[:, :, None]
+    weighted = blocks * importance
     best_gain = np.full(zero.shape, -1, np.float32)
     best_scale = np.zeros_like(zero)
     for fraction, step in itertools.product(fractions, steps):
         rounded = round_to_steps(blocks, reciprocal(step * fraction), zero)
         # Least squares: with the best scale p / e for these integers, the squared error is
-        # |blocks|^2 - p^2 / e, where p = steps . blocks and e = steps . steps.
+        # |blocks|^2 - p^2 / e, where p = steps . blocks and e = steps . steps, all weighted.
         product = np.einsum("rbi,rbi->rb", rounded, weighted)
-        counted = rounded if importance is None else rounded * importance
-        scale = product * reciprocal(np.einsum("rbi,rbi->rb", rounded, counted))
+        scale = product * reciprocal(np.einsum("rbi,rbi->rb", rounded, rounded * importance))
         gain = product * scale
         better = gain > best_gain
         best_gain = np.where(better, gain, best_gain)
@@ -265,8 +270,8 @@ def _largest(blocks: FloatArray) -> FloatArray:
 # the grid. On SmolLM2's layers the squared error is 1 % above that of 123 candidates, among
 # them other zero points, and a quarter below that of no search.
 _RANGE_FRACTIONS = np.linspace(0.7, 1.2, 11, dtype=np.float32)
-# Likewise of a block's peak, about zero. Eleven of each sign would gain half a percent.
-_PEAK_FRACTIONS = np.array([0.8, 0.85, 0.9, 0.95, 1.0, 1.05], np.float32)
+# Likewise of a block's peak, about zero.
+_PEAK_FRACTIONS = np.array([0.85, 0.92, 1.0, 1.07], np.float32)
 
 
 def quantize_symmetric_int4(blocks: FloatArray) -> QuantizedMatrix:

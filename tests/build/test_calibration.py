@@ -145,7 +145,7 @@ def test_every_architecture_can_be_calibrated(tmp_path, name):
 def test_tokens_are_pieces_from_all_over_the_text():
     ids = letters(TEXT)
     found = calibration_tokens(letters, BYTES)
-    assert found.shape == (16, 160)
+    assert found.shape == (32, 160)
     assert found[0].tolist() == ids[:160]
     assert found[-1].tolist() == ids[-160:]
     text = bytes(ids)
@@ -167,10 +167,10 @@ def test_the_text_is_not_what_quality_is_measured_on():
 
 
 def test_pieces_are_no_longer_than_the_model_reads_with_one_kind_of_rope():
-    assert calibration_tokens(letters, tiny(vocab_size=256, context_length=100)).shape == (16, 100)
+    assert calibration_tokens(letters, tiny(vocab_size=256, context_length=100)).shape == (32, 100)
     assert DECODERS["phi3"].rope.boundary == 32
     phi3 = replace(DECODERS["phi3"], vocab_size=256)
-    assert calibration_tokens(letters, phi3).shape == (16, 32)
+    assert calibration_tokens(letters, phi3).shape == (32, 32)
 
 
 def test_ids_that_the_model_does_not_know_are_left_out():
@@ -180,9 +180,9 @@ def test_ids_that_the_model_does_not_know_are_left_out():
 
 
 def test_a_tokenizer_that_makes_too_little_of_the_text_is_refused():
-    with pytest.raises(UnsupportedModelError, match="127 tokens that it knows: too few"):
-        calibration_tokens(lambda text: letters(text)[:127], BYTES)
-    assert calibration_tokens(lambda text: letters(text)[:128], BYTES).shape == (16, 8)
+    with pytest.raises(UnsupportedModelError, match="255 tokens that it knows: too few"):
+        calibration_tokens(lambda text: letters(text)[:255], BYTES)
+    assert calibration_tokens(lambda text: letters(text)[:256], BYTES).shape == (32, 8)
 
 
 def test_a_model_of_a_shorter_context_than_any_piece_is_refused():

@@ -100,7 +100,7 @@ class TestInt4:
 class TestSymmetricInt4:
     @given(seed=st.integers(0, 2**32 - 1), size=st.sampled_from([16, 32, 64, 128, 256]))
     def test_never_worse_than_plain_rounding_to_the_furthest(self, seed, size):
-        # 0.7 to 1.2 of the range hold 1, and then the scale is fitted to the integers.
+        # The fractions of the peak hold 1, and then the scale is fitted to the integers.
         random = np.random.default_rng(seed)
         values = random.standard_normal((8, 512)) * 10.0 ** random.uniform(-9, 9, (8, 1))
         values += random.choice([0, 1]) * values.std()
@@ -108,18 +108,22 @@ class TestSymmetricInt4:
         blocks = weights.reshape(8, -1, size)
         found = quantize_int4(weights, block_size=size, symmetric=True).dequantize()
         plain = quantize_symmetric_int4(blocks).dequantize()
+        exact = blocks.astype(np.float64)
+        # Large weights count for more: by their magnitude and the root mean square.
+        counts = np.abs(exact) + np.sqrt((exact**2).mean(axis=-1, keepdims=True))
         errors = [
-            ((each.reshape(blocks.shape) - blocks).astype(np.float64) ** 2).sum(axis=-1)
+            (counts * (each.reshape(blocks.shape) - exact) ** 2).sum(axis=-1)
             for each in (found, plain)
         ]
-        rounding = 1e-12 * (blocks.astype(np.float64) ** 2).sum(axis=-1)  # of float32 itself
+        # Candidates are told apart by sums of squares in float32.
+        rounding = 1e-6 * (counts * exact**2).sum(axis=-1)
         assert (errors[0] <= errors[1] * (1 + 1e-4) + rounding).all()
 
-    def test_a_tenth_better_on_normal_weights(self):
+    def test_better_on_normal_weights_however_they_count(self):
         weights = np.random.default_rng(1).standard_normal((64, 512)).astype(np.float32)
         found = quantize_int4(weights, block_size=32, symmetric=True)
         plain = quantize_symmetric_int4(weights.reshape(64, -1, 32))
-        assert squared_error(weights, found).sum() < 0.9 * squared_error(weights, plain).sum()
+        assert squared_error(weights, found).sum() < 0.92 * squared_error(weights, plain).sum()
 
     def test_the_zero_point_is_in_the_middle_and_stored_nowhere(self):
         weights = np.random.default_rng(2).standard_normal((4, 64)).astype(np.float32)
