@@ -56,6 +56,9 @@ class RoundedFiles(Mapping[str, QuantizedMatrix]):
             kept = self._last.kept = (name, _read(path))
         return kept[1]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._paths  # where Mapping would read the file
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._paths)
 
