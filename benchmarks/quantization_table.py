@@ -1,6 +1,6 @@
 """What every format and precision of the default model costs: the table of docs/quantization.md.
 
-    python -m benchmarks.quantization_table [--only WORD] [--write]
+    python -m benchmarks.quantization_table [--only WORD] [--speed] [--write]
 
 Builds SmolLM2 (its GGUF file's weights as floats; and that file itself, for what keeps its own
 blocks) with `phirt build` in every format and precision that this machine can run, loads each
@@ -85,7 +85,7 @@ def row(variant: Variant, built: Built, report: phirt.QualityReport) -> str:
     many = report.many_rows.figures.kl_mean if report.many_rows else None
     one = report.one_row.figures
     speed = report.speed
-    assert speed is not None
+    rates = () if speed is None else (speed.prefill.ratio, speed.decode.ratio)
     cells: Sequence[str] = (
         variant.format,
         variant.name,
@@ -96,8 +96,7 @@ def row(variant: Variant, built: Built, report: phirt.QualityReport) -> str:
         f"{one.kl_p99:.3f}",
         f"{100 * report.leading.figures.top1_agreement:.1f}",
         f"{report.leading.figures.ppl:.2f}",
-        f"{speed.prefill.ratio:.2f}",
-        f"{speed.decode.ratio:.2f}",
+        *(f"{rate:.2f}" for rate in rates),
     )
     return f"| {' | '.join(cells)} |"
 
@@ -106,7 +105,7 @@ def nats(value: float) -> str:
     return "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
-def header(reference: phirt.Model) -> list[str]:
+def header(reference: phirt.Model, *, timed: bool) -> list[str]:
     versions = ", ".join(
         f"{name} {version(name)}"
         for name in ("onnxruntime", "onnxruntime-genai", "openvino", "mlx", "transformers")
@@ -114,19 +113,23 @@ def header(reference: phirt.Model) -> list[str]:
     about = (
         f"SmolLM2-135M-Instruct on {os.cpu_count()} cores ({platform.machine()}); {versions}. "
         f"Reference: fp32, {reference.backend}. About {TOKENS:,} tokens of text ({SLOW_TOKENS} "
-        "for mlx and safetensors), an eighth of them decoded one by one. Speeds are ratios to the "
-        "reference, both taking turns in one process."
+        "for mlx and safetensors), an eighth of them decoded one by one."
     )
-    columns = (
-        "| Format | Weights | MB | Build, s | KL, many rows | KL, one row | 99 % KL | Same top, % "
-        "| Perplexity | Prefill | Decode |"
-    )
-    return [about, "", columns, "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]
+    columns = [
+        *("Format", "Weights", "MB", "Build, s", "KL, many rows", "KL, one row", "99 % KL"),
+        *("Same top, %", "Perplexity"),
+    ]
+    if timed:
+        about += " Speeds are ratios to the reference, both taking turns in one process."
+        columns += ["Prefill", "Decode"]
+    rule = ["---"] * 2 + ["---:"] * (len(columns) - 2)
+    return [about, "", f"| {' | '.join(columns)} |", f"|{'|'.join(rule)}|"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", default="", help="formats or variants with this in their name")
+    parser.add_argument("--speed", action="store_true", help="time them, on a quiet machine")
     parser.add_argument("--write", action="store_true", help="write the rows into the page")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
@@ -134,7 +137,7 @@ def main() -> None:
         floats = phirt.build_model(None, scratch / "floats", format="safetensors", precision="fp32")
         own = phirt.pull(precision="fp32")  # which leaves the file in the store
         with phirt.load(own, backend="onnxruntime") as reference:
-            lines = header(reference)
+            lines = header(reference, timed=arguments.speed)
             print("\n".join(lines), flush=True)
             for index, variant in enumerate(variants()):
                 if arguments.only not in f"{variant.format} {variant.name}":
@@ -147,6 +150,7 @@ def main() -> None:
                     tokens=SLOW_TOKENS if variant.format in SLOW else TOKENS,
                     backend=BACKENDS[variant.format],
                     device="cpu",
+                    speed=arguments.speed,
                 )
                 lines.append(row(variant, built, report))
                 print(lines[-1], flush=True)
