@@ -28,6 +28,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|numpy|pathlib|types)\..*"),
     ("py:class", r"phirt\.(\w+\.)*_[A-Z]\w*"),
+    ("py:class", r"Path"),  # as short type hints have it
 ]
 
 # Single backquotes in docstrings are code; they may name things that have no page.
