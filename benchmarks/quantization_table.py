@@ -1,11 +1,11 @@
 """What every format and precision of the default model costs: the table of docs/quantization.md.
 
-    python -m benchmarks.quantization_table [--only WORD] [--speed] [--write]
+    python -m benchmarks.quantization_table [--only WORD] [--skip WORD] [--speed] [--write]
 
 Builds SmolLM2 (its GGUF file's weights as floats; and that file itself, for what keeps its own
 blocks) with `phirt build` in every format and precision that this machine can run, loads each
 on its backend, and holds it against fp32 with `phirt.compare_quality`. ``--write`` puts the
-rows between the marks of docs/quantization.md.
+rows between the marks of docs/quantization.md, in place of those of the same name.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ def header(reference: phirt.Model, *, timed: bool) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", default="", help="formats or variants with this in their name")
+    parser.add_argument("--skip", default="nothing", help="not those with this in their name")
     parser.add_argument("--speed", action="store_true", help="time them, on a quiet machine")
     parser.add_argument("--write", action="store_true", help="write the rows into the page")
     arguments = parser.parse_args()
@@ -140,7 +141,8 @@ def main() -> None:
             lines = header(reference, timed=arguments.speed)
             print("\n".join(lines), flush=True)
             for index, variant in enumerate(variants()):
-                if arguments.only not in f"{variant.format} {variant.name}":
+                named = f"{variant.format} {variant.name}"
+                if arguments.only not in named or arguments.skip in named:
                     continue
                 source = Path("smollm2-135m-instruct") if variant.own_file else floats.path
                 built = build(source, scratch / str(index), *variant.arguments)
@@ -160,12 +162,24 @@ def main() -> None:
 
 
 def write(lines: Sequence[str]) -> None:
-    """Put the table so far between the marks of the page."""
+    """Put rows between the marks of the page; others that stand there stay, in their order."""
     text = PAGE.read_text(encoding="utf-8")
     before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    page = "\n".join([f"{before}{BEGIN}", "", *lines, "", f"{END}{after}"])
+    inside, _, after = rest.partition(END)
+    rows = {key(line): line for line in inside.splitlines() if line.startswith("| ")}
+    rows |= {key(line): line for line in lines if line.startswith("| ")}
+    order = [("Format", "Weights"), *((each.format, each.name) for each in variants())]
+    table = [rows[each] for each in order if each in rows]
+    rule = next(line for line in lines if line.startswith("|-"))
+    content = [lines[0], "", table[0], rule, *table[1:]]
+    page = "\n".join([f"{before}{BEGIN}", "", *content, "", f"{END}{after}"])
     PAGE.write_text(page, encoding="utf-8", newline="\n")
+
+
+def key(line: str) -> tuple[str, str]:
+    """Format and weights of a row."""
+    cells = line.split("|")
+    return cells[1].strip(), cells[2].strip()
 
 
 if __name__ == "__main__":
