@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import tokenizers
+
 from phirt.models.decoder_config import DecoderConfig
 
-__all__ = ["genai_document", "generation_ids", "write_json"]
+__all__ = ["genai_document", "generation_ids", "write_json", "write_tokenizer"]
 
 
 def generation_ids(config: DecoderConfig) -> dict[str, Any]:
@@ -26,6 +28,20 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
     """Write a document as this project writes JSON."""
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_tokenizer(path: Path, tokenizer: tokenizers.Tokenizer) -> None:
+    """Write a BPE tokenizer with merges as ``"left right"``, as most published files have them.
+
+    ``tokenizer.save`` writes pairs, and a parser keeps each of them as a list of two strings
+    until it has seen the whole file: twice the memory of a load's last large step, and a third
+    more time. Only pieces with a space in them need pairs.
+    """
+    document = json.loads(tokenizer.to_str())
+    merges = document["model"]["merges"]
+    if not any(" " in piece for pair in merges for piece in pair):
+        document["model"]["merges"] = [" ".join(pair) for pair in merges]
+    write_json(path, document)
 
 
 def genai_document(config: DecoderConfig, *, filename: str) -> dict[str, Any]:

@@ -4,5 +4,5 @@ from __future__ import annotations
 
 __all__ = ["CONVERTER_VERSION"]
 
-CONVERTER_VERSION = 5
+CONVERTER_VERSION = 6
 """Counts changes of what the converter writes: artifacts of another version are made anew."""

@@ -17,7 +17,7 @@ TOKENIZER = 400
 """Bytes that a tokenizer keeps for each token of its vocabulary."""
 
 TOKENIZER_PARSED = 870
-"""The same while its file is being parsed."""
+"""The same while its file is being parsed, if merges are pairs; as strings they take half."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

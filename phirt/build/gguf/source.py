@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from phirt.build.documents import generation_ids, write_json
+from phirt.build.documents import generation_ids, write_json, write_tokenizer
 from phirt.build.gguf.checkpoint import GgufCheckpoint
 from phirt.build.gguf.tokenizer import GgufTokenizer, read_tokenizer
 from phirt.build.huggingface_config import config_document
@@ -48,7 +48,7 @@ class GgufSource:
     def write_text_files(self, out_dir: Path) -> None:
         """Write what the file's metadata holds."""
         tokenizer, config = self._tokenizer, self.checkpoint.config
-        tokenizer.tokenizer.save(str(out_dir / "tokenizer.json"))
+        write_tokenizer(out_dir / "tokenizer.json", tokenizer.tokenizer)
         if tokenizer.chat_template is not None:
             template = tokenizer.chat_template.encode()
             # Byte for byte, on Windows too.
