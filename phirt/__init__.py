@@ -47,13 +47,16 @@ from phirt.errors import (
 from phirt.generation.failover import Failover
 from phirt.generation.params import GenerationParams
 from phirt.generation.timings import Timings, Usage
+from phirt.loading import load
 from phirt.locate import pull
-from phirt.model import Model, load
+from phirt.model import Model
 from phirt.remote import PullPlan
 from phirt.stream import Generation, Token, TokenLogprobs, TokenStream
 from phirt.types import Progress
 
 if TYPE_CHECKING:
+    from phirt.benchmark.report import BenchReport
+    from phirt.benchmark.run import bench
     from phirt.build.recipe import Quantization
     from phirt.building import BuildReport, build_model
     from phirt.dispatch.plan import Plan
@@ -67,6 +70,7 @@ __all__ = [
     "BackendError",
     "BackendNotInstalledError",
     "BackendRuntimeError",
+    "BenchReport",
     "BuildError",
     "BuildReport",
     "ContextLengthError",
@@ -108,6 +112,7 @@ __all__ = [
     "UnsupportedParameterError",
     "Usage",
     "__version__",
+    "bench",
     "build_model",
     "compare_quality",
     "devices",
@@ -122,8 +127,10 @@ __all__ = [
 
 # Imported when they are asked for: few programs plan, measure or compare by themselves.
 _LAZY = {
+    "BenchReport": "phirt.benchmark.report",
     "BuildReport": "phirt.building",
     "Quantization": "phirt.build.recipe",
+    "bench": "phirt.benchmark.run",
     "build_model": "phirt.building",
     "Plan": "phirt.dispatch.plan",
     "QualityReport": "phirt.quality.report",

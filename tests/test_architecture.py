@@ -31,14 +31,18 @@ LEVELS = [
     ["dispatch"],
     ["model"],  # with the files of SAME_ROOM: one room
     ["quality"],
+    ["benchmark"],
     ["building"],
     ["doctor"],
     ["phirt"],  # phirt/__init__.py, the public names
     ["testing", "cli"],
 ]
 SAME_ROOM = {
+    "alternatives": "model",
     "stream": "model",
     "failover": "model",
+    "loading": "model",
+    "prefixes": "model",
     "locate": "model",
     "remote": "model",
     "conversion": "model",
@@ -55,7 +59,7 @@ HOMES = {
     "httpx2": {"models"},  # huggingface_hub's client, whose errors are told apart
     "huggingface_hub": {"models"},
     "jinja2": {"text"},
-    "matplotlib": {"quality"},
+    "matplotlib": {"benchmark", "quality"},
     "mlx": {"backends", "build"},
     "onnx": {"build"},
     "onnx_ir": {"build"},

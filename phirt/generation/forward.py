@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 
 from phirt.errors import ContextLengthError, NonFiniteLogitsError, SessionClosedError
 from phirt.generation.failover import Failover, Recover
 from phirt.generation.history import TokenHistory
+from phirt.generation.prefix import OpenSession, PrefixCache
 from phirt.generation.timings import Stopwatch
-from phirt.protocols import LoadedModel, Logits, Session
+from phirt.protocols import LoadedModel, Logits
 from phirt.types import FloatArray
 
 __all__ = ["PREFILL_CHUNK", "SMALLEST_CHUNK", "Forward", "split_prompt"]
@@ -33,14 +35,7 @@ SMALLEST_CHUNK = 3
 
 _logger = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class _Open:
-    """A session that is open, the model that it is of, and the most tokens that it may hold."""
-
-    session: Session
-    model: LoadedModel
-    limit: int
+_T = TypeVar("_T")
 
 
 class Forward:
@@ -54,6 +49,7 @@ class Forward:
         watch: Told when the prompt's prefill starts and stops.
         prefill_chunk: Most prompt tokens per call of the model, at least `SMALLEST_CHUNK`.
         recover: Asked for another model where this one fails; None to let it fail.
+        prefixes: Where sessions are taken from and given back to; None to make and close them.
     """
 
     def __init__(
@@ -63,17 +59,24 @@ class Forward:
         watch: Stopwatch,
         *,
         prefill_chunk: int,
-        recover: Recover | None,
+        recover: Recover | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self._model = model
         self._history = history
         self._watch = watch
         self._prefill_chunk = prefill_chunk
         self._recover = recover
+        self._prefixes = prefixes
         self._vocab_size = model.info.vocab_size
         # One attribute, so that cancel() never sees the session of one model with another.
-        self._open: _Open | None = None
+        self._open: OpenSession | None = None
+        self._cached_tokens = 0
         self._cancelled = threading.Event()
+        # Held for moments, so that an interruption meets a call, and no session between two.
+        self._call_lock = threading.Lock()
+        self._in_call = False
+        self._is_usable = True
         self._failovers: list[Failover] = []
 
     @property
@@ -87,6 +90,11 @@ class Forward:
         return self._vocab_size
 
     @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt whose keys and values another request had computed."""
+        return self._cached_tokens
+
+    @property
     def failovers(self) -> tuple[Failover, ...]:
         """The changes of model so far."""
         return tuple(self._failovers)
@@ -98,15 +106,22 @@ class Forward:
     def cancel(self) -> None:
         """End the call that is running, where the runtime can. Callable from any thread."""
         self._cancelled.set()
-        opened = self._open
-        if opened is not None and opened.model.capabilities.interrupt:
-            opened.session.interrupt()
+        with self._call_lock:
+            opened = self._open
+            if self._in_call and opened is not None and opened.model.capabilities.interrupt:
+                self._is_usable = False
+                opened.session.interrupt()
 
     def close(self) -> None:
-        """Free the session. Calling it again does nothing."""
+        """Free the session, or leave it to later requests. Calling it again does nothing."""
         opened, self._open = self._open, None
-        if opened is not None:
+        if opened is None:
+            return
+        if self._prefixes is None or not self._is_usable:
             opened.session.close()
+            return
+        held = opened.session.length
+        self._prefixes.give(opened, self._history.token_ids[:held])
 
     def logits(self, *, max_new_tokens: int | None) -> FloatArray:
         """Logits of the position after the history, shape (vocab,), the caller's to write to.
@@ -141,7 +156,7 @@ class Forward:
         opened = self._open
         length = len(self._history)
         if opened is not None and length <= opened.limit:
-            logits = opened.session.decode(self._history.last_id)
+            logits = self._call(opened.session.decode, self._history.last_id)
         else:
             self.close()
             logits = self._prefill(length, max_new_tokens)
@@ -156,25 +171,65 @@ class Forward:
         if boundary is not None and length <= boundary < limit:
             # The short rotary factors until there; the next token is another session's.
             limit = boundary
-        room = limit if max_new_tokens is not None else min(limit, length + PREFILL_CHUNK)
-        session = self._model.new_session(max_length=limit, expected_length=room)
-        self._open = _Open(session, self._model, limit)
-        if self.is_cancelled():
-            # Cancelled while the session was being made: cancel() could not reach it.
-            raise SessionClosedError("The generation was cancelled.")
-        ids = self._history.token_ids.tolist()
+        opened = self._take_prefix(limit, length)
+        start = 0 if opened is None else opened.session.length
+        if opened is None:
+            room = limit if max_new_tokens is not None else min(limit, length + PREFILL_CHUNK)
+            longest = limit if self._prefixes is None else self._longest(limit)
+            session = self._model.new_session(max_length=longest, expected_length=room)
+            opened = OpenSession(session, self._model, longest)
+        self._open, self._is_usable = opened, True
         first = length == prompt_length
         if first:
+            self._cached_tokens = start
             self._watch.prefill_started()
+        ids = self._history.token_ids[start:].tolist()
         logits: Logits | None = None
-        chunk = self._prefill_chunk if session.can_extend else length
-        start = 0
-        for size in split_prompt(length, chunk, first=info.first_call(limit)):
-            logits = session.prefill(ids[start : start + size])
-            start += size
+        chunk = self._prefill_chunk if opened.session.can_extend else length
+        first_call = 1 if start else info.first_call(opened.limit)
+        for size in split_prompt(length - start, chunk, first=first_call):
+            logits = self._call(opened.session.prefill, ids[:size])
+            del ids[:size]
         if first:
             self._watch.prefill_stopped()
         assert logits is not None  # noqa: S101 - a prompt has at least one chunk
+        return logits
+
+    def _take_prefix(self, limit: int, length: int) -> OpenSession | None:
+        """A session that holds a prefix of the history, if one was kept."""
+        if self._prefixes is None:
+            return None
+        ids = self._history.token_ids[:length]
+        return self._prefixes.take(self._model, ids, limit=self._longest(limit))
+
+    def _longest(self, limit: int) -> int:
+        """Most tokens that a session may hold in the rotary regime of one for ``limit`` tokens.
+
+        A session takes memory as it is used. One that may become longer than its request
+        needs it serves the next one, too.
+        """
+        info = self._model.info
+        boundary = info.rope_boundary
+        return boundary if boundary is not None and limit <= boundary else info.context_length
+
+    def _call(self, method: Callable[[_T], Logits], argument: _T) -> Logits:
+        """Run a session's method, so that `cancel` can end it.
+
+        Raises:
+            SessionClosedError: The request was cancelled before.
+        """
+        with self._call_lock:
+            if self.is_cancelled():
+                raise SessionClosedError("The generation was cancelled.")
+            self._in_call = True
+        completed = False
+        try:
+            logits = method(argument)
+            completed = True
+        finally:
+            with self._call_lock:
+                self._in_call = False
+                self._is_usable = self._is_usable and completed
         return logits
 
     def _take_over(
@@ -182,6 +237,7 @@ class Forward:
     ) -> bool:
         """Go on with another model, if there is one; else note on the first failure why not."""
         original, error = failures[0], failures[-1]
+        self._is_usable = False
         # Nothing of the cache is taken along. A session that failed answers nothing but close()
         # (`phirt.protocols.Session`), and what a broken device would give for its keys and
         # values is not to be believed: the tokens are, and one prefill makes the cache again.

@@ -16,6 +16,7 @@ from phirt.generation.forward import PREFILL_CHUNK, SMALLEST_CHUNK, Forward
 from phirt.generation.history import TokenHistory
 from phirt.generation.params import GenerationParams
 from phirt.generation.params_resolved import GenerationDefaults, resolve
+from phirt.generation.prefix import PrefixCache
 from phirt.generation.processors import build_processors
 from phirt.generation.sampling import choose_token
 from phirt.generation.sampling_logprobs import log_softmax_at, logsumexp, top_logprobs
@@ -24,7 +25,7 @@ from phirt.generation.timings import Stopwatch, Timings, Usage
 from phirt.protocols import LoadedModel
 from phirt.types import FinishReason, FloatArray
 
-__all__ = ["DecodeLoop", "TokenStep"]
+__all__ = ["DecodeLoop", "TokenStep", "check_fits", "with_logprobs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,8 @@ class DecodeLoop:
         prefill_chunk: Most prompt tokens per call of the model.
         recover: Asked for another model to go on with where this one fails; None to raise
             what it failed of.
+        prefixes: KV caches of earlier requests, to go on from what this one begins with; None
+            to compute all of it.
 
     Raises:
         ValueError: The prompt is empty, an id is outside the vocabulary, or
@@ -76,6 +79,7 @@ class DecodeLoop:
         eos_token_ids: Iterable[int] = (),
         prefill_chunk: int = PREFILL_CHUNK,
         recover: Recover | None = None,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self._watch = Stopwatch()
         if prefill_chunk < SMALLEST_CHUNK:
@@ -87,7 +91,12 @@ class DecodeLoop:
             raise ValueError("The prompt is empty; it needs at least one token.")
         self._history = TokenHistory(prompt_ids, vocab_size=model.info.vocab_size)
         self._forward = Forward(
-            model, self._history, self._watch, prefill_chunk=prefill_chunk, recover=recover
+            model,
+            self._history,
+            self._watch,
+            prefill_chunk=prefill_chunk,
+            recover=recover,
+            prefixes=prefixes,
         )
         self._reason: FinishReason | None = None
         self._use(params)
@@ -141,7 +150,7 @@ class DecodeLoop:
         """Token counts so far."""
         return Usage(
             prompt_tokens=self.prompt_length,
-            cached_tokens=0,
+            cached_tokens=self._forward.cached_tokens,
             completion_tokens=self._history.output_length,
         )
 
@@ -150,7 +159,7 @@ class DecodeLoop:
         usage = self.usage
         return self._watch.timings(
             load_s=load_s,
-            prompt_tokens=usage.prompt_tokens,
+            prefilled_tokens=usage.prompt_tokens - usage.cached_tokens,
             completion_tokens=usage.completion_tokens,
         )
 
@@ -209,11 +218,12 @@ class DecodeLoop:
     def _use(self, params: GenerationParams) -> None:
         if not isinstance(params, GenerationParams):
             raise TypeError(f"params must be a GenerationParams, not {type(params).__name__}")
+        params.check_single()
         params.check_vocabulary(self._forward.vocab_size)
         resolved = resolve(params, self._defaults)
         # Without a limit of its own, a request still needs room for one token.
         context = self._forward.context_length
-        _check_fits(self.prompt_length, resolved.max_new_tokens or 1, context)
+        check_fits(self.prompt_length, resolved.max_new_tokens or 1, context)
         eos = frozenset() if resolved.ignore_eos else self._eos_ids
         self._stop_ids = eos.union(resolved.stop_token_ids)
         self._processors = build_processors(resolved, stop_token_ids=self._stop_ids)
@@ -229,7 +239,7 @@ class DecodeLoop:
         number = 0.0 if sampling is None else self._random.uniform(history.output_length)
         token_id = choose_token(row, sampling, number)
         history.append(token_id)
-        return TokenStep(token_id) if wanted is None else _with_logprobs(token_id, raw, wanted)
+        return TokenStep(token_id) if wanted is None else with_logprobs(token_id, raw, wanted)
 
     def _end_if_done(self, token_id: int) -> None:
         history = self._history
@@ -243,14 +253,20 @@ class DecodeLoop:
             self.finish("context")
 
 
-def _with_logprobs(token_id: int, logits: FloatArray, count: int) -> TokenStep:
+def with_logprobs(token_id: int, logits: FloatArray, count: int) -> TokenStep:
+    """A token with its log-probability and the ``count`` best, from logits (vocab,)."""
     normalizer = logsumexp(logits)
     logprob = float(log_softmax_at(logits, [token_id], normalizer=normalizer)[0])
     ids, values = top_logprobs(logits, count, normalizer=normalizer)
     return TokenStep(token_id, logprob, tuple(zip(ids.tolist(), values.tolist(), strict=True)))
 
 
-def _check_fits(prompt: int, new_tokens: int, context: int) -> None:
+def check_fits(prompt: int, new_tokens: int, context: int) -> None:
+    """Check that prompt and new tokens fit in the model's context.
+
+    Raises:
+        ContextLengthError: They do not.
+    """
     required = prompt + new_tokens
     if required > context:
         raise ContextLengthError(

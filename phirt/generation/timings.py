@@ -31,7 +31,7 @@ class Timings:
         load_s: Seconds that loading the model took, once, before this request.
         ttft_s: Time to first token: seconds from the call to the first token, or None
             if there was none.
-        prefill_tokens_per_s: Prompt tokens over the seconds of the prefill.
+        prefill_tokens_per_s: Prompt tokens, less cached ones, over the seconds of the prefill.
         decode_tokens_per_s: (n - 1) / (t_last - t_first) over n generated tokens; None
             for fewer than two. A caller that is slow to take tokens from a stream
             lowers it.
@@ -69,11 +69,11 @@ class Stopwatch:
         if self._first is None:
             self._first = self._last
 
-    def timings(self, *, load_s: float, prompt_tokens: int, completion_tokens: int) -> Timings:
+    def timings(self, *, load_s: float, prefilled_tokens: int, completion_tokens: int) -> Timings:
         """The rates so far."""
         prefill = decode = ttft = None
         if self._prefill_start is not None and self._prefill_stop is not None:
-            prefill = _rate(prompt_tokens, self._prefill_stop - self._prefill_start)
+            prefill = _rate(prefilled_tokens, self._prefill_stop - self._prefill_start)
         if self._first is not None and self._last is not None:
             ttft = self._first - self._start
             decode = _rate(completion_tokens - 1, self._last - self._first)

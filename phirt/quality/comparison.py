@@ -10,8 +10,9 @@ from pathlib import Path
 from phirt._version import __version__
 from phirt.dispatch.registry import formats_of
 from phirt.dispatch.shape import weights_bytes
+from phirt.loading import load
 from phirt.locate import meaning_of
-from phirt.model import Model, load
+from phirt.model import Model
 from phirt.models.folder import held_formats, read_folder
 from phirt.quality.figures import figures_of, histogram_of
 from phirt.quality.matching import shared_vocabulary

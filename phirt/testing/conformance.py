@@ -16,6 +16,7 @@ from phirt.testing.conformance_cache import CacheConformance
 from phirt.testing.conformance_lacks import LackConformance
 from phirt.testing.conformance_loop import LoopConformance
 from phirt.testing.conformance_pool import PoolConformance
+from phirt.testing.conformance_prefix import PrefixConformance
 from phirt.testing.conformance_rope import RopeConformance
 from phirt.testing.conformance_safety import SafetyConformance
 from phirt.testing.conformance_settings import DENSE_ARCHITECTURES, LONG_ROPE_ARCHITECTURES
@@ -31,6 +32,7 @@ class BackendConformance(
     RopeConformance,
     CacheConformance,
     PoolConformance,
+    PrefixConformance,
     ThreadConformance,
     LifetimeConformance,
     LoopConformance,
