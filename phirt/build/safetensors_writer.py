@@ -7,8 +7,6 @@ header is known before any tensor is read, so tensors are written one at a time.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,11 +18,11 @@ from numpy.typing import NDArray
 
 from phirt.build.checkpoint import Checkpoint
 from phirt.errors import UnsupportedModelError
+from phirt.models.safetensors import encode_header
 from phirt.types import FloatArray
 
 __all__ = ["SAFETENSORS_PRECISIONS", "rounded", "write_safetensors"]
 
-_ALIGNMENT = 8  # The header is padded to it, so that readers can map the tensors.
 _CHUNK = 1 << 22  # Elements converted at once: bounds what conversion needs beside the tensor.
 
 # Projections that transformers and mlx-lm keep as one matrix, and whose rows follow each other.
@@ -61,22 +59,20 @@ class _Encoding:
 
     Attributes:
         dtype: Its name in the header.
-        size: Bytes per element.
         encode: From float32 to what is stored.
         largest: Magnitudes from here on become infinite.
     """
 
     dtype: str
-    size: int
     encode: Callable[[FloatArray], NDArray[Any]]
     largest: float
 
 
 _ENCODINGS = {
-    "fp32": _Encoding("F32", 4, _float32, float("inf")),
+    "fp32": _Encoding("F32", _float32, float("inf")),
     # Halfway from the largest number to the next that there would be: it and beyond round up.
-    "fp16": _Encoding("F16", 2, _float16, 65520.0),
-    "bf16": _Encoding("BF16", 2, _bfloat16, float(2**128 - 2**119)),
+    "fp16": _Encoding("F16", _float16, 65520.0),
+    "bf16": _Encoding("BF16", _bfloat16, float(2**128 - 2**119)),
 }
 
 SAFETENSORS_PRECISIONS = tuple(_ENCODINGS)
@@ -161,18 +157,9 @@ def _stacked(checkpoint: Checkpoint, name: str, parts: tuple[str, ...]) -> _Entr
 
 def _header(entries: list[_Entry], encoding: _Encoding) -> bytes:
     # transformers refuses a file that does not say which framework's layout it has.
-    document: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for entry in entries:
-        start, end = end, end + encoding.size * math.prod(entry.shape)
-        document[entry.name] = {
-            "dtype": encoding.dtype,
-            "shape": list(entry.shape),
-            "data_offsets": [start, end],
-        }
-    header = json.dumps(document, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % _ALIGNMENT)
-    return len(header).to_bytes(8, "little") + header
+    return encode_header(
+        {"format": "pt"}, [(entry.name, encoding.dtype, entry.shape) for entry in entries]
+    )
 
 
 def _write_tensor(file: BinaryIO, values: FloatArray, encoding: _Encoding, *, name: str) -> None:

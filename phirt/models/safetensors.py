@@ -8,9 +8,13 @@ numbers that no model needs.
 
 from __future__ import annotations
 
+import json
+import math
 import mmap
+import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -25,7 +29,16 @@ from phirt.models.paths import plain_name_fault, resolve_inside
 from phirt.models.safe_json import JsonFields, parse_json, read_json
 from phirt.types import FloatArray
 
-__all__ = ["INDEX_NAME", "SafetensorsFolder", "weight_files"]
+__all__ = [
+    "INDEX_NAME",
+    "Header",
+    "SafetensorsFolder",
+    "TensorEntry",
+    "encode_header",
+    "open_tensors",
+    "read_header",
+    "weight_files",
+]
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -38,6 +51,7 @@ _MAX_HEADER_BYTES = 16 << 20
 _MAX_DIMENSIONS = 16
 _MAX_DIMENSION = 1 << 32
 _MAX_OFFSET = 1 << 48
+_ALIGNMENT = 8  # The header is padded to it, so that readers can map the tensors.
 
 # Bits per element. Those below 8 are packed.
 _BITS = {
@@ -64,6 +78,111 @@ _BITS = {
     "F64": 64,
     "C64": 64,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """A tensor, as a file's header describes it.
+
+    Attributes:
+        dtype: Element type in the format's words, such as ``"BF16"``.
+        shape: Its sizes.
+        offset: Its first byte in the file.
+        nbytes: How many it has.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says of itself, and nothing of it that its size contradicts.
+
+    Attributes:
+        metadata: Its ``__metadata__``.
+        tensors: Its tensors by name, in the order of their bytes.
+    """
+
+    metadata: Mapping[str, str]
+    tensors: Mapping[str, TensorEntry]
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[BufferedReader]:
+    """Open a file of tensors for as long as the ``with`` statement lasts.
+
+    Raises:
+        ModelNotFoundError: There is no such file.
+        ModelFormatError: It is not a regular file, or reading it fails.
+    """
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
+            _fail(path, "it is not a regular file")
+        with path.open("rb") as file:
+            yield file
+    except FileNotFoundError as error:
+        raise ModelNotFoundError(f"{path.parent} lacks {path.name}, a file of tensors.") from error
+    except OSError as error:
+        raise ModelFormatError(f"{path} cannot be read: {error.strerror or error}.") from error
+
+
+def read_header(file: BufferedReader, path: Path) -> Header:
+    """Read and check the header of a file that was just opened.
+
+    Raises:
+        ModelFormatError: It is damaged, or contradicts the file's size.
+    """
+    prefix = file.read(8)
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < 8 or length > size - 8:
+        _fail(path, f"its {size:,} bytes end before its header does")
+    if length > _MAX_HEADER_BYTES:
+        _fail(path, f"its header has {length:,} bytes; {_MAX_HEADER_BYTES:,} are allowed")
+    header = file.read(length)
+    if not header.startswith(b"{"):
+        _fail(path, "its header is not JSON")
+    entries = parse_json(header, source=str(path))
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        _fail(path, "__metadata__ must be an object of strings")
+    found = [(_read_entry(name, entry, path), name) for name, entry in entries.items()]
+    first = 8 + length
+    available = size - first
+    end = 0
+    tensors: dict[str, TensorEntry] = {}
+    for (begin, stop, dtype, shape), name in sorted(found):
+        if begin != end:
+            _fail(path, f"the tensor {name[:80]!r} begins at byte {begin:,}, not at {end:,}")
+        if stop > available:
+            _fail(path, f"the tensor {name[:80]!r} ends at byte {stop:,} of {available:,}")
+        tensors[name] = TensorEntry(dtype, shape, first + begin, stop - begin)
+        end = stop
+    if end != available:
+        _fail(path, f"its tensors have {end:,} bytes, its data {available:,}")
+    return Header(metadata, tensors)
+
+
+def encode_header(
+    metadata: Mapping[str, str], tensors: Sequence[tuple[str, str, Sequence[int]]]
+) -> bytes:
+    """The first bytes of a safetensors file; the tensors' bytes follow, in their order.
+
+    Args:
+        metadata: Its ``__metadata__``.
+        tensors: Name, element type and shape of each.
+    """
+    document: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, dtype, shape in tensors:
+        start, end = end, end + math.prod(shape) * _BITS[dtype] // 8
+        document[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    header = json.dumps(document, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % _ALIGNMENT)
+    return len(header).to_bytes(8, "little") + header
 
 
 def weight_files(folder: Path) -> tuple[Path, ...]:
@@ -235,7 +354,7 @@ class _Tensor:
 
 
 def _fail(path: Path, problem: str) -> NoReturn:
-    raise ModelFormatError(f"{path}: {problem}. Fetch the file again.")
+    raise ModelFormatError(f"{path}: {problem}. Fetch or write the file again.")
 
 
 def _weight_files(folder: Path, index: Mapping[str, str] | None) -> tuple[Path, ...]:
@@ -265,48 +384,20 @@ def _read_index(folder: Path) -> dict[str, str] | None:
 def _open(folder: Path, path: Path) -> dict[str, _Tensor]:
     """Map a file and check all of its header."""
     resolve_inside(folder, path.name)
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would block
-            _fail(path, "it is not a regular file")
-        with path.open("rb") as file:
-            prefix = file.read(8)
-            size = path.stat().st_size
-            length = int.from_bytes(prefix, "little")
-            if len(prefix) < 8 or length > size - 8:
-                _fail(path, f"its {size:,} bytes end before its header does")
-            if length > _MAX_HEADER_BYTES:
-                _fail(path, f"its header has {length:,} bytes; {_MAX_HEADER_BYTES:,} are allowed")
-            header = file.read(length)
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError as error:
-        raise ModelNotFoundError(f"{folder} lacks {path.name}, a file of weights.") from error
-    except OSError as error:
-        raise ModelFormatError(f"{path} cannot be read: {error.strerror or error}.") from error
-    return _read_header(header, np.frombuffer(mapped, np.uint8), path)
-
-
-def _read_header(header: bytes, content: NDArray[np.uint8], path: Path) -> dict[str, _Tensor]:
-    if not header.startswith(b"{"):
-        _fail(path, "its header is not JSON")
-    entries = parse_json(header, source=str(path))
-    metadata = entries.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        _fail(path, "__metadata__ must be an object of strings")
-    found = [(_read_entry(name, entry, path), name) for name, entry in entries.items()]
-    first = 8 + len(header)
-    data = content[first:]
-    end = 0
-    tensors: dict[str, _Tensor] = {}
-    for (begin, stop, dtype, shape), name in sorted(found):
-        if begin != end:
-            _fail(path, f"the tensor {name[:80]!r} begins at byte {begin:,}, not at {end:,}")
-        if stop > len(data):
-            _fail(path, f"the tensor {name[:80]!r} ends at byte {stop:,} of {len(data):,}")
-        tensors[name] = _Tensor(path.name, first + begin, dtype, shape, data[begin:stop])
-        end = stop
-    if end != len(data):
-        _fail(path, f"its tensors have {end:,} bytes, its data {len(data):,}")
-    return tensors
+    with open_tensors(path) as file:
+        header = read_header(file, path)
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    content = np.frombuffer(mapped, np.uint8)
+    return {
+        name: _Tensor(
+            path.name,
+            entry.offset,
+            entry.dtype,
+            entry.shape,
+            content[entry.offset : entry.offset + entry.nbytes],
+        )
+        for name, entry in header.tensors.items()
+    }
 
 
 def _read_entry(name: str, entry: object, path: Path) -> tuple[int, int, str, tuple[int, ...]]:
