@@ -18,12 +18,21 @@ from phirt.dispatch.planner import listed_as
 from phirt.dispatch.registry import formats_of, get_backend
 from phirt.dispatch.survey import Survey
 from phirt.errors import PhirtError, UnsupportedModelError
+from phirt.models.folder import ModelFolder
 from phirt.planning import Prepared, plan_on
 from phirt.protocols import Reject
 from phirt.remote import Announce
 from phirt.types import Optimize, ProgressCallback
 
-__all__ = ["OnCandidate", "Tuning", "TuningFailure", "time_candidates", "tune"]
+__all__ = [
+    "OnCandidate",
+    "Tuning",
+    "TuningFailure",
+    "folder_for",
+    "time_candidates",
+    "tune",
+    "working_of",
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -165,7 +174,7 @@ def _time_all(
     on_candidate: OnCandidate | None,
 ) -> tuple[list[Measurement], list[TuningFailure]]:
     measurements: list[Measurement] = []
-    candidates, failures = _working(prepared.machine, candidates)
+    candidates, failures = working_of(prepared.machine, candidates)
     for number, candidate in enumerate(candidates, start=1):
         if on_candidate is not None:
             on_candidate(candidate, number, len(candidates))
@@ -182,10 +191,15 @@ def _time_all(
     return measurements, failures
 
 
-def _working(
+def working_of(
     machine: Machine, candidates: Sequence[PlanCandidate]
 ) -> tuple[list[PlanCandidate], list[TuningFailure]]:
-    """The candidates whose device runs the trial model, and of each other device why not."""
+    """The candidates whose device runs the trial model, and of each other device why not.
+
+    Args:
+        machine: The record that the plan was made of.
+        candidates: Some of it.
+    """
     working: list[PlanCandidate] = []
     failures: dict[tuple[str, str], TuningFailure | None] = {}
     for row in candidates:
@@ -220,21 +234,36 @@ def _worth_timing(plan: Plan) -> list[PlanCandidate]:
     return here or usable[:1]
 
 
-def _task(
-    prepared: Prepared, candidate: PlanCandidate, effort: Effort, announce: Announce | None
-) -> Task:
-    """What is to be timed; a form of the model that is not here is made or fetched."""
+def folder_for(
+    prepared: Prepared, candidate: PlanCandidate, *, announce: Announce | None
+) -> ModelFolder:
+    """The folder that a candidate loads, which is made or fetched where it is not here.
+
+    Args:
+        prepared: The plan.
+        candidate: One of its usable candidates.
+        announce: As for `phirt.load`.
+
+    Raises:
+        PhirtError: It cannot be made or fetched.
+    """
     assert candidate.artifact is not None  # noqa: S101  # as that of all that are usable
-    machine = prepared.machine
-    record = machine.backend(candidate.backend)
-    offer = listed_as(machine, candidate.backend, candidate.device)
-    folder = prepared.forms.obtain(
+    return prepared.forms.obtain(
         candidate.artifact,
         formats=formats_of(candidate.backend),
         device=DeviceName.parse(candidate.device).kind,
         announce=announce,
     )
-    artifact = folder.artifact
+
+
+def _task(
+    prepared: Prepared, candidate: PlanCandidate, effort: Effort, announce: Announce | None
+) -> Task:
+    """What is to be timed; a form of the model that is not here is made or fetched."""
+    machine = prepared.machine
+    record = machine.backend(candidate.backend)
+    offer = listed_as(machine, candidate.backend, candidate.device)
+    artifact = folder_for(prepared, candidate, announce=announce).artifact
     # In this process: it may know what a plan could not, of a form that was not here.
     verdict = get_backend(candidate.backend).accepts(artifact, candidate.device)
     if isinstance(verdict, Reject):

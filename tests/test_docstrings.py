@@ -45,7 +45,7 @@ def test_public_things_are_documented(name):
     assert [name for name, value in public_objects(module) if not inspect.getdoc(value)] == []
 
 
-FACE = ["devices", "load", "plan", "pull", "tune"]
+FACE = ["bench", "devices", "load", "plan", "pull", "tune"]
 
 
 @pytest.mark.parametrize("name", FACE)
@@ -54,7 +54,7 @@ def test_the_types_of_the_face_can_be_looked_up(name):
     assert "return" in get_type_hints(getattr(phirt, name))
 
 
-@pytest.mark.parametrize("name", ["load", "plan", "pull", "tune"])
+@pytest.mark.parametrize("name", ["bench", "load", "plan", "pull", "tune"])
 def test_the_face_of_the_library_says_what_it_raises(name):
     assert "Raises:" in (inspect.getdoc(getattr(phirt, name)) or "")
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from phirt.cli.announce import DeclinedError
 from phirt.cli.arguments import UsageError, parse
+from phirt.cli.bench import print_bench
 from phirt.cli.build import build
 from phirt.cli.devices import print_devices
 from phirt.cli.doctor import doctor
@@ -48,6 +49,7 @@ _COMMANDS: Mapping[str, Callable[[argparse.Namespace], int | None]] = {
     "gc": collect,
     "devices": print_devices,
     "tune": print_tuning,
+    "bench": print_bench,
     "build": build,
     "quality": print_quality,
     "doctor": doctor,

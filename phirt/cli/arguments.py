@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from phirt._version import __version__
+from phirt.cli.bench_arguments import add_bench
 from phirt.cli.build_arguments import add_build
 from phirt.cli.device_arguments import add_devices
 from phirt.cli.doctor_arguments import add_doctor
@@ -48,6 +49,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add_devices(commands)
     add_plan(commands)
     add_tune(commands)
+    add_bench(commands)
     add_build(commands)
     add_quality(commands)
     add_doctor(commands)

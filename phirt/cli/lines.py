@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 from phirt.cli.terminal import is_terminal, plain
 
-__all__ = ["Line", "Segment", "paragraph", "print_lines"]
+__all__ = ["Line", "Segment", "aligned", "paragraph", "print_lines"]
 
 Segment: TypeAlias = tuple[str, str]
 """A piece of a line, and rich's name for how it looks."""
@@ -56,3 +56,20 @@ def paragraph(text: str, *, width: int, indent: int = 0, style: str = "") -> Ite
             break_on_hyphens=False,
         ):
             yield [(line, style)]
+
+
+def aligned(row: Sequence[str], widths: Sequence[int], width: int, *, names: int) -> str:
+    """A row of a table: names to the left, then figures to the right.
+
+    Args:
+        row: Its cells.
+        widths: Of the columns.
+        width: Of the line; columns are closer together where they would not fit.
+        names: How many of the cells are names.
+    """
+    cells = (
+        cell.ljust(size) if index < names else cell.rjust(size)
+        for index, (cell, size) in enumerate(zip(row, widths, strict=True))
+    )
+    gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= width else 1
+    return (" " * gap).join(cells).rstrip()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from phirt.cli.announce import Announcer
 from phirt.cli.arguments import UsageError
-from phirt.cli.lines import Line, paragraph, print_lines
+from phirt.cli.lines import Line, aligned, paragraph, print_lines
 from phirt.cli.progress import ProgressBars
 from phirt.cli.selection import print_json
 from phirt.cli.terminal import plain
@@ -75,6 +75,7 @@ def print_tuning(arguments: argparse.Namespace) -> int:
 
 
 _HEADER = ("BACKEND", "DEVICE", "FORM", "SETTING", "PREFILL", "DECODE", "ANSWER", "LONG", "FOUR")
+_NAMES = 4
 
 
 def _lines(tuning: Tuning, *, width: int) -> Iterator[Line]:
@@ -88,11 +89,11 @@ def _lines(tuning: Tuning, *, width: int) -> Iterator[Line]:
     )
     widths = [max(map(len, column)) for column in zip(_HEADER, *rows, strict=True)]
     if rows:
-        yield [(_aligned(_HEADER, widths, width), "bold")]
+        yield [(aligned(_HEADER, widths, width, names=_NAMES), "bold")]
     for measurement, row in zip(tuning.measurements, rows, strict=True):
         times = [predict_seconds(measurement, optimize) for optimize in WORKLOADS]
         is_best = any(time <= least for time, least in zip(times, best, strict=True))
-        yield [(_aligned(row, widths, width), "green" if is_best else "")]
+        yield [(aligned(row, widths, width, names=_NAMES), "green" if is_best else "")]
     if rows:
         yield []
         yield from paragraph(
@@ -137,15 +138,3 @@ def _row(measurement: Measurement, form: str) -> tuple[str, ...]:
         f"{1 / shortest.decode_s:,.1f}",
         *(f"{predict_seconds(measurement, optimize):.2f}" for optimize in WORKLOADS),
     )
-
-
-_TEXT_COLUMNS = 4  # the rest are figures, which stand to the right
-
-
-def _aligned(row: tuple[str, ...], widths: list[int], width: int) -> str:
-    cells = (
-        cell.ljust(size) if index < _TEXT_COLUMNS else cell.rjust(size)
-        for index, (cell, size) in enumerate(zip(row, widths, strict=True))
-    )
-    gap = 2 if sum(widths) + 2 * (len(widths) - 1) <= width else 1
-    return (" " * gap).join(cells).rstrip()

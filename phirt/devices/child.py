@@ -23,12 +23,17 @@ from typing import Literal, TypeAlias
 
 __all__ = [
     "CHILD",
+    "CREATION_FLAGS",
     "PASSING",
+    "PREFIX",
     "ChildEnd",
     "Ending",
+    "child_environment",
     "describe_exit",
     "end_with_parent",
     "kill_family",
+    "last_words",
+    "obstacle",
     "run_child",
 ]
 
@@ -40,15 +45,18 @@ PASSING = 75
 
 Ending: TypeAlias = Literal["answered", "crashed", "timed out", "not run"]
 
-_PREFIX = "phirt-child-"
+PREFIX = "phirt-child-"
+"""What the name of a child's folder begins with."""
+
 _TAIL_BYTES = 8192
 _TAIL_LINES = 3
 _TAIL_CHARACTERS = 400
 
 if sys.platform == "win32":
-    _CREATION_FLAGS = subprocess.CREATE_NO_WINDOW
+    CREATION_FLAGS = subprocess.CREATE_NO_WINDOW
 else:
-    _CREATION_FLAGS = 0
+    CREATION_FLAGS = 0
+"""For `subprocess.Popen`: on Windows, no console window."""
 
 # What a process of Python is called. In an application that embeds Python, sys.executable may
 # be the application, and would start a second one.
@@ -128,15 +136,15 @@ def run_child(
         environment: Variables to set for it, beside those of this process.
         stop: Once it is set, the child is killed: Ctrl-C reaches the main thread alone.
     """
-    obstacle = _obstacle()
-    if obstacle is not None:
-        return ChildEnd(ending="not run", reason=obstacle, lasts=False)
+    hindrance = obstacle()
+    if hindrance is not None:
+        return ChildEnd(ending="not run", reason=hindrance, lasts=False)
     started = time.perf_counter()
     try:
-        with tempfile.TemporaryDirectory(prefix=_PREFIX, ignore_cleanup_errors=True) as folder:
+        with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as folder:
             answer, output = Path(folder, "answer.json"), Path(folder, "output.txt")
             command = [sys.executable, "-P", "-m", module, *arguments, str(answer)]
-            variables = _environment(folder) | dict(environment or {})
+            variables = child_environment(folder) | dict(environment or {})
             code = _run(command, output, timeout_s=timeout_s, environment=variables, stop=stop)
             seconds = time.perf_counter() - started
             # A crash while it ends costs nothing: the answer is whole once it has its name.
@@ -144,7 +152,7 @@ def run_child(
                 text = answer.read_text(encoding="utf-8")
                 lasts = code != PASSING
                 return ChildEnd(ending="answered", answer=text, seconds=seconds, lasts=lasts)
-            said = _tail(output)
+            said = last_words(output)
     except OSError as error:
         # No process, no temporary folder, no memory for either.
         reason = f"no process could be started: {error}"
@@ -176,7 +184,7 @@ def end_with_parent(folder: Path) -> None:
     def watch() -> None:
         while os.getppid() == parent and psutil.pid_exists(int(started_by)):
             time.sleep(_STEP_S)
-        if folder.name.startswith(_PREFIX):
+        if folder.name.startswith(PREFIX):
             shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
@@ -221,7 +229,7 @@ def kill_family(process: subprocess.Popen[bytes]) -> None:
         process.wait(_DYING_S)
 
 
-def _obstacle() -> str | None:
+def obstacle() -> str | None:
     """Why no child can be started, or None."""
     if CHILD in os.environ:
         return "this process was itself started to look for devices"
@@ -232,7 +240,12 @@ def _obstacle() -> str | None:
     return None
 
 
-def _environment(folder: str) -> dict[str, str]:
+def child_environment(folder: str) -> dict[str, str]:
+    """The variables of a child.
+
+    Args:
+        folder: The child's own, for whatever it leaves behind.
+    """
     # What this process imports, the child imports: its path is more than its interpreter's.
     path = list(_absolute(sys.path))
     return os.environ | {
@@ -273,7 +286,7 @@ def _run(
             stdout=sink,
             stderr=subprocess.STDOUT,
             env=environment,
-            creationflags=_CREATION_FLAGS,
+            creationflags=CREATION_FLAGS,
         )
     try:
         return _wait(process, timeout_s, stop)
@@ -292,7 +305,7 @@ def _wait(
     return None
 
 
-def _tail(output: Path) -> str:
+def last_words(output: Path) -> str:
     """The last lines that a child said, for a message; empty where it said nothing."""
     with output.open("rb") as file:
         file.seek(max(file.seek(0, os.SEEK_END) - _TAIL_BYTES, 0))

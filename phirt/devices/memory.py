@@ -2,7 +2,7 @@
 
 A container or a service manager limits a group of processes, and ``ulimit -v`` the address
 space of one. Neither shows in what the system calls available, and both end a load that
-trusts it.
+trusts it. `peak_rss` is what this process has taken at most.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from phirt.devices.machine import Memory
 
-__all__ = ["read_memory"]
+__all__ = ["peak_rss", "read_memory"]
 
 # No limit, in control groups of version 1, is the largest count of pages, in bytes: 2**63
 # less a page. More than this is no limit of anybody's.
@@ -93,6 +93,26 @@ def read_memory(*, root: Path = Path("/")) -> Memory:
         limit=None if least is None else least.most,
         limit_left=None if least is None else least.left,
     )
+
+
+def peak_rss() -> int:
+    """The most memory that this process has had resident, in bytes.
+
+    Pages of mapped files count, as the system counts them; memory of a device's own does not.
+    """
+    if sys.platform == "win32":
+        import psutil
+
+        peak: int = psutil.Process().memory_info().peak_wset
+    elif sys.platform == "linux":
+        # What getrusage tells is also that of the process which this one was started from.
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+        peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
+    else:
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak
 
 
 def _group_limits(root: Path) -> Iterator[_Limit]:

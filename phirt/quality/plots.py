@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-__all__ = ["draw_plots", "figures_of_plots"]
+__all__ = ["STYLE", "draw_plots", "figures_of_plots"]
 
 # Blue and orange of Okabe and Ito's palette, which colour-blind readers tell apart.
 _COLOURS = {"many_rows": "#0072b2", "one_row": "#e69f00"}
@@ -24,7 +24,7 @@ _GREY = "#666666"
 _SMALLEST = 1e-8  # what 0 is drawn as on a logarithmic axis
 _WIDTH = 7.2  # inches
 # Fixed ids within the file, and no date: the same report gives the same bytes.
-_STYLE: Mapping[str, Any] = {
+STYLE: Mapping[str, Any] = {
     "svg.hashsalt": "phirt",
     "font.size": 9.5,
     "axes.titlesize": 11,
@@ -35,6 +35,7 @@ _STYLE: Mapping[str, Any] = {
     "legend.frameon": False,
     "text.parse_math": False,  # a file's name may have dollars in it
 }
+"""Settings of matplotlib for all plots of phirt."""
 
 
 def draw_plots(report: QualityReport, names: Mapping[str, str], folder: Path) -> None:
@@ -48,7 +49,7 @@ def draw_plots(report: QualityReport, names: Mapping[str, str], folder: Path) ->
     import matplotlib as mpl
 
     # Nothing of the process's own settings, nor of its windows, is touched.
-    with mpl.rc_context(dict(_STYLE)), warnings.catch_warnings():
+    with mpl.rc_context(dict(STYLE)), warnings.catch_warnings():
         # The font has no Chinese; a name in it is drawn as boxes.
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         for plot, figure in figures_of_plots(report).items():

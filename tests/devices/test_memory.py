@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from phirt.devices.machine import Memory
-from phirt.devices.memory import read_memory
+from phirt.devices.memory import peak_rss, read_memory
 
 GB = 1_000_000_000
 PAGES_OF_NO_LIMIT = str((1 << 63) - 4096)
@@ -112,7 +112,7 @@ def test_damaged_files_are_no_limit(root: Path) -> None:
 def test_a_limit_of_the_address_space() -> None:
     code = (
         "import resource; resource.setrlimit(resource.RLIMIT_AS, (3 * 10**9, 3 * 10**9));"
-        "from phirt.devices.memory import read_memory; m = read_memory();"
+        "from phirt.devices.memory import peak_rss, read_memory; m = read_memory();"
         "print(m.limit, m.limit_left)"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -125,3 +125,11 @@ def test_free_is_the_smaller_of_what_is_available_and_what_is_left() -> None:
     assert Memory(total=8, available=5).free == 5
     assert Memory(total=8, available=5, limit=4, limit_left=2).free == 2
     assert Memory(total=8, available=1, limit=4, limit_left=2).free == 1
+
+
+def test_the_peak_stays_when_memory_is_given_back():
+    before = peak_rss()
+    assert before >= 10_000_000
+    block = b"x" * (before + 50_000_000)
+    del block
+    assert peak_rss() >= before + 45_000_000

@@ -13,12 +13,11 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
 
-__all__ = ["NEW_TOKENS", "Peaks", "measure", "peak_rss"]
+__all__ = ["NEW_TOKENS", "Peaks", "measure"]
 
 NEW_TOKENS = 16
 """Tokens of a context that are generated; the others are its prompt."""
@@ -41,21 +40,6 @@ class Peaks:
     path: str
 
 
-def peak_rss() -> int:
-    """The most memory that this process has had resident, in bytes."""
-    if sys.platform == "win32":
-        peak: int = psutil.Process().memory_info().peak_wset
-    elif sys.platform == "linux":
-        # What getrusage tells is also that of the process which this one was started from.
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-        peak = int(status.split("VmHWM:")[1].split()[0]) * 1024
-    else:
-        import resource
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak
-
-
 def measure(*, context: int, **load: Any) -> Peaks:
     """Load the model in a new process, and generate until the context holds so many tokens.
 
@@ -73,6 +57,7 @@ def measure(*, context: int, **load: Any) -> Peaks:
 
 def main() -> None:
     import phirt
+    from phirt.devices.memory import peak_rss
 
     task = json.loads(sys.argv[1])
     context = task.pop("context")
