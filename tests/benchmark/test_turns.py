@@ -87,7 +87,8 @@ def run(monkeypatch):
     """Takes turns with scripts by backend; gives what was found, the workers and the steps."""
 
     def run(scripts, *, together=True, settings=SETTINGS):
-        workers, steps = Workers(scripts), []
+        workers = Workers(scripts)
+        steps: list[str] = []
         monkeypatch.setattr(turns, "Worker", workers)
         clock = SimpleNamespace(perf_counter=workers.clock, sleep=lambda _: None)
         monkeypatch.setattr(turns, "time", clock)
