@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
@@ -13,6 +14,7 @@ from phirt.alternatives import generate_several
 from phirt.devices.heap import trim_heap
 from phirt.errors import SessionClosedError, UnsupportedModelError
 from phirt.failover import LoadNext, Standby
+from phirt.generation.draft_model import ModelDrafter
 from phirt.generation.failover import Takeover
 from phirt.generation.loop import DecodeLoop
 from phirt.generation.params import GenerationParams
@@ -20,6 +22,7 @@ from phirt.generation.params_resolved import GenerationDefaults
 from phirt.generation.prefix import PrefixCache
 from phirt.generation.score import score_tokens
 from phirt.generation.several import SeveralSequences
+from phirt.generation.speculation import StepCosts
 from phirt.models.folder import ModelFolder
 from phirt.protocols import LoadedModel, Placement
 from phirt.stream import Generation, TokenStream
@@ -52,6 +55,9 @@ class Model:
         self._standby = Standby(selection, load_next)
         self._recover = self._take_over if load_next is not None else None
         self._prefixes = prefixes
+        self._step_costs = StepCosts()
+        # Those whose tokens were compared with this model's.
+        self._assistants: weakref.WeakSet[Model] = weakref.WeakSet()
         folder = selection.folder
         self._defaults = GenerationDefaults.from_config(folder.generation_defaults)
         self._tokenizer = Tokenizer.from_file(folder.tokenizer_path)
@@ -141,7 +147,12 @@ class Model:
         return self._defaults
 
     def generate(
-        self, prompt: PromptLike, *, params: GenerationParams | None = None, **overrides: Any
+        self,
+        prompt: PromptLike,
+        *,
+        params: GenerationParams | None = None,
+        assistant_model: Model | None = None,
+        **overrides: Any,
     ) -> Generation:
         """Generate until a stop, and return all of it.
 
@@ -151,9 +162,13 @@ class Model:
             prompt: Raw text, a chat (a list of ``{"role": ..., "content": ...}``), or a
                 list of token ids.
             params: How to generate; None for the model's own defaults.
+            assistant_model: A smaller model with the same tokens, whose guesses this one judges:
+                another speed, the same choices. It stays the caller's to close.
             **overrides: Single parameters, by `GenerationParams`' names, over ``params``.
 
         Raises:
+            UnsupportedModelError: The assistant model has other tokens.
+            UnsupportedParameterError: One of the two models cannot take part in guessing.
             ContextLengthError: Prompt and ``max_new_tokens`` exceed the context.
             GenerationError: The generation cannot go on.
             BackendRuntimeError: The runtime failed.
@@ -163,8 +178,13 @@ class Model:
         """
         params = self._params_for(params, overrides)
         if params.is_several:
+            if assistant_model is not None:
+                raise ValueError(
+                    "assistant_model guesses the tokens of one sequence, and num_beams or n asks "
+                    "for several: leave one of them out"
+                )
             return self._generate_several(self.encode(prompt), params)
-        with self.stream(prompt, params=params) as stream:
+        with self.stream(prompt, params=params, assistant_model=assistant_model) as stream:
             for _ in stream:
                 pass
             return stream.result
@@ -192,7 +212,12 @@ class Model:
         return params.merge(**overrides) if overrides else params
 
     def stream(
-        self, prompt: PromptLike, *, params: GenerationParams | None = None, **overrides: Any
+        self,
+        prompt: PromptLike,
+        *,
+        params: GenerationParams | None = None,
+        assistant_model: Model | None = None,
+        **overrides: Any,
     ) -> TokenStream:
         """Generate token by token, as the stream is iterated.
 
@@ -209,8 +234,22 @@ class Model:
             eos_token_ids=self._eos_token_ids,
             recover=self._recover,
             prefixes=self._prefixes,
+            drafter=None if assistant_model is None else self._drafter_of(assistant_model),
+            step_costs=self._step_costs,
         )
         return TokenStream(loop, self._tokenizer, load_s=self._load_s)
+
+    def _drafter_of(self, assistant: Model) -> ModelDrafter:
+        if not isinstance(assistant, Model):
+            raise TypeError(f"assistant_model must be a Model, not {type(assistant).__name__}")
+        if assistant not in self._assistants:
+            if not assistant.tokenizer.has_ids_of(self._tokenizer):
+                raise UnsupportedModelError(
+                    f"The assistant model {assistant.name!r} has other tokens than {self.name!r}, "
+                    "so that its guesses mean something else. Use one of the same family."
+                )
+            self._assistants.add(assistant)
+        return ModelDrafter(assistant.loaded)
 
     def encode(self, prompt: PromptLike) -> list[int]:
         """The token ids that a prompt stands for.

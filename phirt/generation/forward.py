@@ -9,15 +9,23 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
 
-from phirt.errors import ContextLengthError, NonFiniteLogitsError, SessionClosedError
+from phirt.errors import (
+    ContextLengthError,
+    NonFiniteLogitsError,
+    PhirtError,
+    SessionClosedError,
+    UnsupportedParameterError,
+)
 from phirt.generation.failover import Failover, Recover
 from phirt.generation.history import TokenHistory
 from phirt.generation.prefix import OpenSession, PrefixCache
+from phirt.generation.speculation import Speculation
 from phirt.generation.timings import Stopwatch
 from phirt.protocols import LoadedModel, Logits
 from phirt.types import FloatArray
@@ -68,6 +76,8 @@ class Forward:
         self._prefill_chunk = prefill_chunk
         self._recover = recover
         self._prefixes = prefixes
+        self._speculation: Speculation | None = None
+        self._drafted = self._accepted = 0
         self._vocab_size = model.info.vocab_size
         # One attribute, so that cancel() never sees the session of one model with another.
         self._open: OpenSession | None = None
@@ -95,6 +105,16 @@ class Forward:
         return self._cached_tokens
 
     @property
+    def drafted_tokens(self) -> int:
+        """Tokens that were guessed, and judged by the model."""
+        return self._drafted + (self._speculation.drafted_tokens if self._speculation else 0)
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Those of them that were chosen."""
+        return self._accepted + (self._speculation.accepted_tokens if self._speculation else 0)
+
+    @property
     def failovers(self) -> tuple[Failover, ...]:
         """The changes of model so far."""
         return tuple(self._failovers)
@@ -112,16 +132,39 @@ class Forward:
                 self._is_usable = False
                 opened.session.interrupt()
 
+    def check_speculation(self) -> None:
+        """Check that the model can judge guesses.
+
+        Raises:
+            UnsupportedParameterError: It cannot.
+        """
+        reason = _why_no_guesses(self._model)
+        if reason is not None:
+            raise UnsupportedParameterError(
+                f"Guessed tokens cannot be judged by this model: {reason}. Leave out "
+                "prompt_lookup_num_tokens and assistant_model, or load it with another backend."
+            )
+
+    def speculate(self, speculation: Speculation | None) -> None:
+        """Guess what comes next from now on, or guess no more."""
+        self._drop_guess()
+        self._drafted, self._accepted = self.drafted_tokens, self.accepted_tokens
+        self._speculation = speculation
+
     def close(self) -> None:
         """Free the session, or leave it to later requests. Calling it again does nothing."""
+        try:
+            self._drop_guess()
+        except PhirtError as error:
+            _logger.info("A session could not be rolled back: %s", error)
+            self._is_usable = False
         opened, self._open = self._open, None
         if opened is None:
             return
         if self._prefixes is None or not self._is_usable:
             opened.session.close()
             return
-        held = opened.session.length
-        self._prefixes.give(opened, self._history.token_ids[:held])
+        self._prefixes.give(opened, self._history.token_ids[: opened.session.length])
 
     def logits(self, *, max_new_tokens: int | None) -> FloatArray:
         """Logits of the position after the history, shape (vocab,), the caller's to write to.
@@ -152,17 +195,57 @@ class Forward:
         finally:
             failures.clear()  # Their tracebacks refer to this frame.
 
+    def _drop_guess(self) -> None:
+        """Take what was guessed and not chosen out of the session."""
+        opened, speculation = self._open, self._speculation
+        if opened is None or speculation is None:
+            return
+        held = opened.session.length
+        valid = speculation.drop(self._history, held)
+        if valid < held and self._is_usable:
+            opened.session.truncate(valid)
+
     def _next(self, max_new_tokens: int | None) -> FloatArray:
         opened = self._open
         length = len(self._history)
-        if opened is not None and length <= opened.limit:
-            logits = self._call(opened.session.decode, self._history.last_id)
-        else:
+        if self._speculation is not None and opened is not None:
+            ahead = self._speculation.pending(self._history)
+            if ahead is not None:
+                return ahead[: self._vocab_size]
+            self._drop_guess()
+        if opened is None or length > opened.limit:
             self.close()
             logits = self._prefill(length, max_new_tokens)
+        elif self._speculation is None:
+            logits = self._call(opened.session.decode, self._history.last_id)
+        else:
+            return self._speculate(self._speculation, opened, max_new_tokens)
         row: FloatArray = logits.numpy()[-1]
         # Another backend's copy may be padded to a larger vocabulary.
         return row[: self._vocab_size]
+
+    def _speculate(
+        self, speculation: Speculation, opened: OpenSession, max_new_tokens: int | None
+    ) -> FloatArray:
+        """Run the last token, and a guess of those after it where one is worth it."""
+        history, length = self._history, len(self._history)
+        started = time.perf_counter()
+        draft = None
+        if _why_no_guesses(opened.model) is None:
+            room = opened.limit - length
+            if max_new_tokens is not None:
+                # The token after the guess is one of them.
+                room = min(room, max_new_tokens - history.output_length - 1)
+            draft = speculation.draft(history, room=room)
+        if draft is None:
+            row: FloatArray = self._call(opened.session.decode, history.last_id).numpy()[-1]
+            speculation.decoded(time.perf_counter() - started)
+            return row[: self._vocab_size]
+        logits = self._call(opened.session.verify, [history.last_id, *draft.token_ids])
+        rows = logits.numpy()
+        seconds = time.perf_counter() - started
+        speculation.verified(draft, rows, start=length, seconds=seconds)
+        return rows[0, : self._vocab_size]
 
     def _prefill(self, length: int, max_new_tokens: int | None) -> Logits:
         info, prompt_length = self._model.info, self._history.prompt_length
@@ -280,6 +363,17 @@ class Forward:
         if info.context_length < required:
             return f"its context is {info.context_length} tokens, and {required} are asked for"
         return None
+
+
+def _why_no_guesses(model: LoadedModel) -> str | None:
+    """Why guesses cannot be judged by a model, or None where they can."""
+    for name in ("verify", "truncate"):
+        lack = model.capabilities.lacks.get(name)
+        if lack is not None:
+            return lack.reason
+    if model.info.window is not None:
+        return "its sliding window cannot go back once it has rolled on"
+    return None
 
 
 def _finite(logits: FloatArray) -> FloatArray:

@@ -18,9 +18,11 @@ from phirt.generation.params import GenerationParams
 from phirt.generation.params_resolved import GenerationDefaults, resolve
 from phirt.generation.prefix import PrefixCache
 from phirt.generation.processors import build_processors
+from phirt.generation.prompt_lookup import PromptLookup
 from phirt.generation.sampling import choose_token
 from phirt.generation.sampling_logprobs import log_softmax_at, logsumexp, top_logprobs
 from phirt.generation.sampling_random import RandomStream
+from phirt.generation.speculation import DRAFT_TOKENS, Drafter, Speculation, StepCosts
 from phirt.generation.timings import Stopwatch, Timings, Usage
 from phirt.protocols import LoadedModel
 from phirt.types import FinishReason, FloatArray
@@ -62,10 +64,14 @@ class DecodeLoop:
             what it failed of.
         prefixes: KV caches of earlier requests, to go on from what this one begins with; None
             to compute all of it.
+        drafter: Guesses what comes next; None for the prompt itself, where
+            ``prompt_lookup_num_tokens`` asks for guesses. The loop closes it.
+        step_costs: What calls of the model were seen to cost; requests of one model share it.
 
     Raises:
         ValueError: The prompt is empty, an id is outside the vocabulary, or
             ``prefill_chunk`` is below 3.
+        UnsupportedParameterError: Guesses are asked for, and the model cannot judge them.
         ContextLengthError: Prompt and ``max_new_tokens`` do not fit in the context.
     """
 
@@ -80,6 +86,8 @@ class DecodeLoop:
         prefill_chunk: int = PREFILL_CHUNK,
         recover: Recover | None = None,
         prefixes: PrefixCache | None = None,
+        drafter: Drafter | None = None,
+        step_costs: StepCosts | None = None,
     ) -> None:
         self._watch = Stopwatch()
         if prefill_chunk < SMALLEST_CHUNK:
@@ -90,6 +98,9 @@ class DecodeLoop:
         if len(prompt_ids) == 0:
             raise ValueError("The prompt is empty; it needs at least one token.")
         self._history = TokenHistory(prompt_ids, vocab_size=model.info.vocab_size)
+        self._drafter = drafter
+        self._lookup = PromptLookup()
+        self._step_costs = step_costs or StepCosts()
         self._forward = Forward(
             model,
             self._history,
@@ -100,6 +111,7 @@ class DecodeLoop:
         )
         self._reason: FinishReason | None = None
         self._use(params)
+        self._speculate()
         self._random = RandomStream(params.seed)
 
     @property
@@ -109,8 +121,10 @@ class DecodeLoop:
 
     @params.setter
     def params(self, params: GenerationParams) -> None:
-        old_seed = self._params.seed
+        old_seed, old_guess = self._params.seed, self._params.prompt_lookup_num_tokens
         self._use(params)
+        if params.prompt_lookup_num_tokens != old_guess:
+            self._speculate()
         if params.seed != old_seed:
             self._random = RandomStream(params.seed)
 
@@ -152,6 +166,8 @@ class DecodeLoop:
             prompt_tokens=self.prompt_length,
             cached_tokens=self._forward.cached_tokens,
             completion_tokens=self._history.output_length,
+            drafted_tokens=self._forward.drafted_tokens,
+            accepted_tokens=self._forward.accepted_tokens,
         )
 
     def timings(self, *, load_s: float) -> Timings:
@@ -214,6 +230,8 @@ class DecodeLoop:
         if self._reason is None or (reason == "stop_string" and on_a_token):
             self._reason = reason
         self._forward.close()
+        if self._drafter is not None:
+            self._drafter.close()
 
     def _use(self, params: GenerationParams) -> None:
         if not isinstance(params, GenerationParams):
@@ -227,7 +245,20 @@ class DecodeLoop:
         eos = frozenset() if resolved.ignore_eos else self._eos_ids
         self._stop_ids = eos.union(resolved.stop_token_ids)
         self._processors = build_processors(resolved, stop_token_ids=self._stop_ids)
+        if resolved.prompt_lookup_num_tokens is not None or self._drafter is not None:
+            self._forward.check_speculation()
         self._params, self._resolved = params, resolved
+
+    def _speculate(self) -> None:
+        """Guess what comes next as the parameters say."""
+        most = self._resolved.prompt_lookup_num_tokens
+        drafter = self._drafter
+        if drafter is None and most is not None:
+            drafter = self._lookup
+        if drafter is None:
+            self._forward.speculate(None)
+            return
+        self._forward.speculate(Speculation(drafter, self._step_costs, most=most or DRAFT_TOKENS))
 
     def _choose(self, row: FloatArray) -> TokenStep:
         history, sampling, wanted = self._history, self._resolved.sampling, self._resolved.logprobs

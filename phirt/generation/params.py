@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 from phirt.generation import params_checks as check
 from phirt.types import LogitsProcessor
@@ -55,7 +55,20 @@ class GenerationParams:
         logprobs: Log-probabilities to report per token: 0 for the chosen token's alone,
             k for the k most probable besides. Unset: none.
         logits_processors: Functions ``f(token_ids, logits) -> logits``, called in order
-            after the built-in processors and before the temperature.
+            after the built-in processors and before the temperature. Beam search gives them
+            log-probabilities for logits.
+        prompt_lookup_num_tokens: Most tokens that are guessed at once from what followed the
+            same tokens before, in prompt or output; the guesses change the speed and not the
+            choices. Unset: no guesses, but for those of a draft model.
+        num_beams: Sequences that beam search keeps at each step; 1 is off.
+        length_penalty: Beam search divides a finished sequence's log-probability by its
+            generated tokens to this power: above 0 prefers long ones, below 0 short ones.
+            Unset: 1.
+        early_stopping: When beam search ends, once ``num_beams`` sequences are finished: True
+            at once; False when none that goes on scores better at its present length;
+            ``"never"`` when none can at any length. Unset: False.
+        n: Sequences to return (Hugging Face's ``num_return_sequences``): the best beams, at
+            most ``num_beams``; without beams so many samples. Unset: 1.
 
     Raises:
         TypeError: A value of the wrong type.
@@ -82,6 +95,11 @@ class GenerationParams:
     seed: int | None = None
     logprobs: int | None = None
     logits_processors: Collection[LogitsProcessor] = ()
+    prompt_lookup_num_tokens: int | None = None
+    num_beams: int | None = None
+    length_penalty: float | None = None
+    early_stopping: bool | Literal["never"] | None = None
+    n: int | None = None
 
     def __post_init__(self) -> None:
         for name, validate in _VALIDATORS.items():
@@ -116,6 +134,28 @@ class GenerationParams:
                 raise TypeError(f"There is no generation parameter {name!r}. {hint}")
         changes: dict[str, Any] = overrides  # checked by the constructor
         return replace(self, **changes)
+
+    @property
+    def is_several(self) -> bool:
+        """Whether more than one sequence is made: beams, or several samples."""
+        return (self.num_beams or 1) > 1 or (self.n or 1) > 1
+
+    def check_single(self) -> None:
+        """Check that one sequence is asked for, whose tokens are known one by one.
+
+        Raises:
+            ValueError: ``num_beams`` or ``n`` is above 1.
+        """
+        if (self.num_beams or 1) > 1:
+            raise ValueError(
+                f"num_beams={self.num_beams} cannot be streamed: which tokens beam search chooses "
+                "is known at its end only. Use Model.generate, or leave num_beams out"
+            )
+        if (self.n or 1) > 1:
+            raise ValueError(
+                f"n={self.n} cannot be streamed: a stream is one sequence. Use Model.generate, or "
+                "one stream for each, with seeds of their own"
+            )
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Check the token ids in these parameters against a model's vocabulary.
@@ -186,6 +226,11 @@ _VALIDATORS: Mapping[str, Callable[[str, object], Any]] = MappingProxyType(
         "ignore_eos": check.boolean,
         "seed": _count(0, 2**64),
         "logprobs": _count(0),
+        "prompt_lookup_num_tokens": _count(1, 65),
+        "num_beams": _count(1),
+        "length_penalty": _number("finite", lambda _: True),
+        "early_stopping": check.early_stopping,
+        "n": _count(1),
     }
 )
 
@@ -195,6 +240,30 @@ def _check_consistent(params: GenerationParams) -> None:
     least, most = params.min_new_tokens, params.max_new_tokens
     if least is not None and most is not None and least > most:
         raise ValueError(f"min_new_tokens is {least}, more than max_new_tokens, which is {most}")
+    beams = params.num_beams or 1
+    if params.is_several and params.prompt_lookup_num_tokens is not None:
+        raise ValueError(
+            f"prompt_lookup_num_tokens={params.prompt_lookup_num_tokens} guesses the tokens of "
+            "one sequence, and num_beams or n asks for several: leave one of them out"
+        )
+    if beams > 1 and (params.n or 1) > beams:
+        raise ValueError(
+            f"n={params.n} is more than num_beams={beams}: beam search has as many sequences as "
+            "beams to return. Raise num_beams, or lower n"
+        )
+    if beams > 1 and params.do_sample is True:
+        raise ValueError(
+            f"do_sample=True with num_beams={beams}: phirt's beam search does not sample. Leave "
+            "one of them out; n gives several samples without beams"
+        )
+    if beams == 1:
+        for name, neutral in (("length_penalty", 1), ("early_stopping", False)):
+            value = getattr(params, name)
+            if value is not None and value != neutral:
+                raise ValueError(
+                    f"{name}={value!r} is for beam search and would have no effect: give "
+                    f"num_beams above 1, or leave it out"
+                )
     if params.do_sample is True and params.temperature == 0:
         raise ValueError(
             "do_sample=True contradicts temperature=0, which is greedy: "
@@ -202,8 +271,8 @@ def _check_consistent(params: GenerationParams) -> None:
         )
     if params.do_sample is False:
         # Neutral values ask for nothing, so there is nothing to ignore.
-        neutral = {"temperature": (0, 1), "top_k": (0,), "top_p": (1,), "min_p": (0,)}
-        for name, values in neutral.items():
+        neutral_values = {"temperature": (0, 1), "top_k": (0,), "top_p": (1,), "min_p": (0,)}
+        for name, values in neutral_values.items():
             value = getattr(params, name)
             if value is not None and value not in values:
                 raise ValueError(

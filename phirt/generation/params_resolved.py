@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from phirt.errors import ModelFormatError
 from phirt.generation.params import SAMPLING_VALIDATORS, GenerationParams
@@ -93,6 +93,11 @@ class ResolvedParams:
     ignore_eos: bool
     logprobs: int | None
     logits_processors: tuple[LogitsProcessor, ...]
+    prompt_lookup_num_tokens: int | None
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | Literal["never"]
+    n: int
 
 
 def resolve(params: GenerationParams, defaults: GenerationDefaults | None = None) -> ResolvedParams:
@@ -110,11 +115,18 @@ def resolve(params: GenerationParams, defaults: GenerationDefaults | None = None
     When the request samples, what the caller left unset comes from the model's
     temperature, top_k, top_p and min_p only if the model's own do_sample is true (with
     do_sample false such values are a class's defaults written out, not advice), else it
-    is neutral. The model's repetition_penalty holds either way.
+    is neutral. The model's repetition_penalty holds either way. What a generation_config
+    says about beams is not taken: it would end every stream of that model.
+
+    Raises:
+        ValueError: Beam search is asked for and the request samples, or several sequences
+            without beams and it is greedy.
     """
     defaults = defaults if defaults is not None else GenerationDefaults()
+    sampling = _sampling(params, defaults)
+    _check_several(params, samples=sampling is not None)
     return ResolvedParams(
-        sampling=_sampling(params, defaults),
+        sampling=sampling,
         max_new_tokens=params.max_new_tokens,
         min_new_tokens=params.min_new_tokens or 0,
         repetition_penalty=_first(params.repetition_penalty, defaults.repetition_penalty, 1.0),
@@ -128,6 +140,11 @@ def resolve(params: GenerationParams, defaults: GenerationDefaults | None = None
         ignore_eos=bool(params.ignore_eos),
         logprobs=params.logprobs,
         logits_processors=tuple(params.logits_processors),
+        prompt_lookup_num_tokens=params.prompt_lookup_num_tokens,
+        num_beams=params.num_beams or 1,
+        length_penalty=_first(params.length_penalty, 1.0),
+        early_stopping=_first(params.early_stopping, False),
+        n=params.n or 1,
     )
 
 
@@ -145,6 +162,24 @@ def _sampling(params: GenerationParams, defaults: GenerationDefaults) -> Samplin
             for item in fields(Sampling)
         }
     )
+
+
+def _check_several(params: GenerationParams, *, samples: bool) -> None:
+    beams, count = params.num_beams or 1, params.n or 1
+    if beams > 1 and samples:
+        neutral = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0}
+        given = {name: getattr(params, name) for name in neutral}
+        asked = [f"{k}={v}" for k, v in given.items() if v is not None and v != neutral[k]]
+        why = f"{', '.join(asked)} samples" if asked else "the model's generation_config samples"
+        raise ValueError(
+            f"num_beams={beams} is beam search, which does not sample, and {why}. "
+            f"{'Leave one of them out' if asked else 'Add do_sample=False'}"
+        )
+    if beams == 1 and count > 1 and not samples:
+        raise ValueError(
+            f"n={count} without sampling would be {count} times the same greedy sequence: give a "
+            "temperature above 0, or num_beams for the best of a beam search"
+        )
 
 
 def _samples(params: GenerationParams, *, model_samples: bool) -> bool:

@@ -16,11 +16,15 @@ class Usage:
         prompt_tokens: Tokens of the prompt.
         cached_tokens: Tokens of the prompt whose keys and values were already in a cache.
         completion_tokens: Tokens generated, a stop token included.
+        drafted_tokens: Tokens that were guessed, and judged by the model.
+        accepted_tokens: Those of them that were generated.
     """
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

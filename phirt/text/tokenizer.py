@@ -152,6 +152,10 @@ class Tokenizer:
         """Token in the tokenizer's own spelling, or None if there is no such id."""
         return self._backend.id_to_token(token_id) if 0 <= token_id < 2**32 else None
 
+    def has_ids_of(self, other: Tokenizer) -> bool:
+        """Whether a token has the same id here as in another tokenizer, for all tokens."""
+        return self is other or bool(self._backend.get_vocab() == other._backend.get_vocab())
+
     def decoder_config(self) -> dict[str, Any]:
         """The ``decoder`` section of the tokenizer.json; empty if it has none."""
         decoder = self._backend.decoder

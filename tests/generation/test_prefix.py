@@ -145,7 +145,12 @@ class TestWhatIsKept:
         model = FakeModel(vocab=VOCAB, context_length=2048)
         loop = loop_of(model, cache, ids(100, 40), max_new_tokens=100)
         loop.step()
-        model.rule = lambda _: loop.cancel() or np.zeros(VOCAB, np.float32)
+
+        def cancelling(_: list[int]):
+            loop.cancel()
+            return np.zeros(VOCAB, np.float32)
+
+        model.rule = cancelling
         list(loop)
         assert loop.finish_reason == "cancelled"
         assert model.sessions_open == 0
