@@ -15,7 +15,7 @@ from phirt.text.stop_strings import StopStrings
 from phirt.text.tokenizer import Tokenizer
 from phirt.types import FinishReason
 
-__all__ = ["Generation", "Token", "TokenLogprobs", "TokenStream"]
+__all__ = ["Generation", "Token", "TokenLogprobs", "TokenStream", "token_logprobs"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +71,10 @@ class Generation:
             if they never were.
         failovers: The changes of backend or device on the way, in order; see
             ``phirt.load(failover=True)``.
+        score: Of a beam search: the sum of the processed log-probabilities of its tokens, over
+            their number to the power of ``length_penalty``; None without beams.
+        alternatives: The other sequences of a request with ``n`` above 1: of a beam search the
+            next best ones, best first; else the other samples, in their order.
     """
 
     text: str
@@ -82,6 +86,8 @@ class Generation:
     stop: str | int | None = None
     logprobs: list[TokenLogprobs | None] | None = None
     failovers: tuple[Failover, ...] = ()
+    score: float | None = None
+    alternatives: tuple[Generation, ...] = ()
 
 
 class TokenStream:
@@ -201,7 +207,7 @@ class TokenStream:
         step = self._loop.step()
         if step is None:
             raise StopIteration
-        logprobs = _logprobs(step)
+        logprobs = token_logprobs(step)
         self._logprobs.append(logprobs)
         if self._loop.finish_reason == "stop":
             # A stop token ends the text; it is no part of it, even where it spells something.
@@ -239,7 +245,8 @@ class TokenStream:
         return final
 
 
-def _logprobs(step: TokenStep) -> TokenLogprobs | None:
+def token_logprobs(step: TokenStep) -> TokenLogprobs | None:
+    """The log-probabilities of a step, where they were asked for."""
     if step.logprob is None:
         return None
     return TokenLogprobs(step.token_id, step.logprob, step.top_logprobs or ())

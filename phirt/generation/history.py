@@ -97,6 +97,15 @@ class TokenHistory:
         self._buffer[self._length] = token_id
         self._length += 1
 
+    def copy(self) -> TokenHistory:
+        """The same tokens, to be continued otherwise."""
+        other: TokenHistory = object.__new__(TokenHistory)
+        other._prompt_length, other._length = self._prompt_length, self._length
+        other._vocab_size = self._vocab_size
+        other._buffer = self._buffer.copy()
+        other._whole, other._output = self._whole.copy(), self._output.copy()
+        return other
+
     def unique_ids(self) -> IntArray:
         """Every id in prompt or output once, shape (u,), in no particular order."""
         self._whole.update(self._buffer[: self._length])
@@ -126,6 +135,12 @@ class _Index:
     @property
     def counts(self) -> IntArray:
         return self._counts[: len(self._slots)]
+
+    def copy(self) -> _Index:
+        other = _Index(self._done)
+        other._slots = self._slots.copy()
+        other._ids, other._counts = self._ids.copy(), self._counts.copy()
+        return other
 
     def update(self, tokens: IntArray) -> None:
         """Take in ``tokens[self._done:]``."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from types import MappingProxyType
-from typing import cast
+from typing import Literal, cast
 
 import numpy as np
 
@@ -16,6 +16,7 @@ __all__ = [
     "INT_LIMIT",
     "bias_mapping",
     "boolean",
+    "early_stopping",
     "integer",
     "processors",
     "real",
@@ -34,6 +35,16 @@ def boolean(name: str, value: object) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, not {_shown(value)}")
     return value
+
+
+def early_stopping(name: str, value: object) -> bool | Literal["never"]:
+    """``value`` as a bool or ``"never"``; TypeError or ValueError otherwise."""
+    if isinstance(value, bool):
+        return value
+    if value == "never":
+        return "never"
+    wrong = ValueError if isinstance(value, str) else TypeError
+    raise wrong(f'{name} must be True, False or "never", not {_shown(value)}')
 
 
 def integer(name: str, value: object, *, low: int, limit: int = INT_LIMIT) -> int:

@@ -6,7 +6,7 @@ import secrets
 
 import numpy as np
 
-__all__ = ["RandomStream"]
+__all__ = ["RandomStream", "sample_seed"]
 
 _BLOCK = 256
 
@@ -45,3 +45,19 @@ class RandomStream:
             self._values = ((source.random_raw(_BLOCK) >> 11) * 2.0**-53).tolist()
             self._block = block
         return self._values[offset]
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of one of several samples of a request, in [0, 2**64).
+
+    Sample 0 has the request's own. The others' come from the request's key too, at counters
+    that no token position reaches (``index * 2**64``), so that a sample's seed depends on
+    nothing but the request's seed and its own number.
+
+    Args:
+        seed: The request's, in [0, 2**64).
+        index: Which sample, from 0.
+    """
+    if index == 0:
+        return seed
+    return int(np.random.Philox(key=seed, counter=index << 64).random_raw())

@@ -18,8 +18,9 @@ What can be final when depends on the tokenizer's decoder, hence three ways:
 from __future__ import annotations
 
 import codecs
+import copy
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from phirt.text.tokenizer import Tokenizer
 
@@ -54,11 +55,19 @@ class StreamingDetokenizer:
         """The rest of the text, U+FFFD for bytes that never became a character."""
         return self._stream.flush()
 
+    def copy(self) -> StreamingDetokenizer:
+        """The same state, to be continued with other tokens."""
+        other: StreamingDetokenizer = copy.copy(self)
+        other._stream = self._stream.copy()
+        return other
+
 
 class _Stream(Protocol):
     def add(self, token_id: int, token: str) -> str: ...
 
     def flush(self) -> str: ...
+
+    def copy(self) -> Self: ...
 
 
 def _open_stream(tokenizer: Tokenizer) -> _Stream:
@@ -107,6 +116,11 @@ class _ByteLevelStream:
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
 
+    def copy(self) -> _ByteLevelStream:
+        other: _ByteLevelStream = _ByteLevelStream()
+        other._decoder.setstate(self._decoder.getstate())
+        return other
+
 
 class _WindowStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -136,6 +150,11 @@ class _WindowStream:
         self._pending = []
         return emit
 
+    def copy(self) -> _WindowStream:
+        other: _WindowStream = copy.copy(self)
+        other._pending = self._pending.copy()
+        return other
+
 
 class _HeldStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -150,3 +169,8 @@ class _HeldStream:
         text = self._tokenizer.decode(self._ids)
         self._ids = []
         return text
+
+    def copy(self) -> _HeldStream:
+        other: _HeldStream = copy.copy(self)
+        other._ids = self._ids.copy()
+        return other

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 __all__ = ["StopStrings"]
@@ -113,6 +114,12 @@ class StopStrings:
             return self._finish()
         emit, self._held = self._held, ""
         return emit
+
+    def copy(self) -> StopStrings:
+        """The same state, to be continued with other text."""
+        other: StopStrings = copy.copy(self)
+        other._patterns = [copy.copy(pattern) for pattern in self._patterns]
+        return other
 
     def _step(self, end: int) -> None:
         """Read the held character at ``end`` and keep the best complete match."""

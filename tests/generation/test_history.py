@@ -64,3 +64,22 @@ def test_the_prompt_is_copied():
     history = TokenHistory(prompt, vocab_size=10)
     prompt[:] = 9
     assert history.token_ids.tolist() == [1, 2, 3]
+
+
+@settings(deadline=None)
+@given(prompt=TOKENS, first=TOKENS, second=TOKENS, looks=st.booleans())
+def test_a_copy_goes_its_own_way(prompt, first, second, looks):
+    history = TokenHistory(prompt, vocab_size=10)
+    if looks:
+        history.unique_ids()
+        history.output_counts()
+    other = history.copy()
+    for one, rest in ((history, first), (other, second)):
+        for token in rest:
+            one.append(token)
+        assert one.token_ids.tolist() == prompt + rest
+        assert sorted(one.unique_ids().tolist()) == sorted(set(prompt + rest))
+        ids, counts = one.output_counts()
+        assert dict(zip(ids.tolist(), counts.tolist(), strict=True)) == {
+            token: rest.count(token) for token in set(rest)
+        }

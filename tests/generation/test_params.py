@@ -77,13 +77,6 @@ def test_refuses(arguments, error, message):
         GenerationParams(**arguments)
 
 
-@pytest.mark.parametrize("name", ["num_beams", "length_penalty", "early_stopping", "n"])
-def test_has_no_parameter_that_does_not_work_yet(name):
-    arguments: dict[str, Any] = {name: 1}
-    with pytest.raises(TypeError, match=name):
-        GenerationParams(**arguments)
-
-
 def test_everything_is_unset_by_default():
     resolved = resolve(GenerationParams())
     assert resolved.sampling is None
@@ -97,6 +90,9 @@ def test_everything_is_unset_by_default():
     assert resolved.logits_processors == ()
     assert resolved.ignore_eos is False
     assert resolved.logprobs is None
+    assert resolved.num_beams == resolved.n == 1
+    assert resolved.length_penalty == 1
+    assert resolved.early_stopping is False
 
 
 def test_boundary_values_are_allowed():

@@ -142,3 +142,16 @@ def test_the_sum_of_the_pieces_on_the_real_tokenizer(smollm2, data):
     token = st.one_of(st.integers(0, tokenizer.vocab_size), st.integers(0, 300))
     ids = data.draw(st.lists(token, max_size=40))
     assert "".join(pieces(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS.values(), ids=TOKENIZERS.keys())
+@given(data=st.data())
+def test_a_copy_goes_its_own_way(tokenizer, data):
+    ids = st.lists(st.integers(0, tokenizer.vocab_size), max_size=12)
+    start, first, second = data.draw(ids), data.draw(ids), data.draw(ids)
+    detokenizer = StreamingDetokenizer(tokenizer)
+    text = "".join(detokenizer.add(token) for token in start)
+    other = detokenizer.copy()
+    for stream, rest in ((detokenizer, first), (other, second)):
+        added = "".join([*(stream.add(token) for token in rest), stream.flush()])
+        assert text + added == tokenizer.decode(start + rest)

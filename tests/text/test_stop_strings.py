@@ -121,3 +121,18 @@ def test_a_stop_that_is_no_string_is_refused(stop):
 def test_an_empty_stop_string_is_refused():
     with pytest.raises(ValueError, match="must not be empty"):
         StopStrings(["a", ""])
+
+
+@given(
+    st.lists(st.text("ab", min_size=1, max_size=5), max_size=4),
+    st.text("abc", max_size=8),
+    st.text("abc", max_size=8),
+    st.text("abc", max_size=8),
+)
+def test_a_copy_goes_its_own_way(stops, start, first, second):
+    search = StopStrings(stops)
+    emitted = search.add(start)[0]
+    other = search.copy()
+    for one, rest in ((search, first), (other, second)):
+        text = emitted + one.add(rest)[0] + one.flush()
+        assert (text, one.matched) == search_whole_text(stops, start + rest)
