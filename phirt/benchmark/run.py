@@ -242,7 +242,10 @@ def _candidates(prepared: Prepared) -> tuple[list[PlanCandidate], list[BenchFail
     best = _best_of_each(prepared.plan)
     failures: list[BenchFailure] = []
     usable: list[PlanCandidate] = []
+    is_wide = (prepared.plan.backend, prepared.plan.device) == ("auto", "auto")
     for row in best:
+        if row.stage == "request" and not is_wide:
+            continue  # nobody asked for it
         if row.status == "rejected":
             failures.append(_failure(row, row.reason, row.fix))
         elif _is_remote(row):
@@ -255,6 +258,12 @@ def _candidates(prepared: Prepared) -> tuple[list[PlanCandidate], list[BenchFail
         BenchFailure(backend=each.backend, device=each.device, reason=each.reason)
         for each in broken
     ]
+    if not usable and any(map(_is_remote, best)):
+        name = prepared.plan.model
+        raise UnsupportedModelError(
+            f"Nothing of {name!r} that could be measured is on this machine, and a benchmark "
+            f"downloads nothing. Fetch it first: phirt pull {name}"
+        )
     if not working:
         reasons = [
             f"{each.backend} on {each.device}: {each.reason.rstrip('.')}"
@@ -262,8 +271,7 @@ def _candidates(prepared: Prepared) -> tuple[list[PlanCandidate], list[BenchFail
             for each in failures
         ]
         raise UnsupportedModelError(
-            f"Nothing here can run {prepared.plan.model!r} without a download. "
-            f"{'; '.join(reasons)}."
+            f"Nothing here can run {prepared.plan.model!r}. {'; '.join(reasons)}."
         )
     return working, failures
 

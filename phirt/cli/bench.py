@@ -127,12 +127,14 @@ def _legend(report: BenchReport) -> str:
         if max(report.settings.concurrency) > 1
         else ""
     )
-    turns = "The rows took turns, repeat by repeat. " if report.takes_turns else ""
+    spread = "±: half the range over the repeats. " if report.settings.repeats > 1 else ""
+    is_told = report.takes_turns and len(report.rows) > 1
+    turns = "The rows took turns, repeat by repeat. " if is_told else ""
     return (
         "LOAD: seconds of phirt.load in a new process. MEMORY: MB, the most that the process had "
         "resident. TTFT: ms to the first token. PREFILL, DECODE: tokens a second of a prompt and "
         "of an answer, (n - 1) / (t_last - t_first). P50, P99: ms between two tokens. "
-        f"{several}±: half the range over the repeats. {turns}".rstrip()
+        f"{several}{spread}{turns}".rstrip()
     )
 
 
