@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from phirt.devices.names import DeviceName
 from phirt.dispatch.registry import formats_of
 from phirt.errors import ModelNotFoundError
-from phirt.failover import check_failover
+from phirt.failover import LoadNext, check_failover
 from phirt.model import Model
 from phirt.models.folder import ModelFolder
 from phirt.prefixes import check_capacity, new_prefix_cache
@@ -22,9 +22,10 @@ from phirt.types import Optimize, ProgressCallback
 if TYPE_CHECKING:
     from phirt.devices.machine import Trial
     from phirt.dispatch.plan import PlanCandidate
+    from phirt.dispatch.select import Selection
     from phirt.planning import Prepared
 
-__all__ = ["load"]
+__all__ = ["FolderFinder", "explain_removal", "load", "try_first"]
 
 _MAX_THREADS = 1024
 
@@ -42,6 +43,8 @@ def load(
     options: Mapping[str, Any] | None = None,
     offline: bool = False,
     prefix_cache_bytes: int | None = None,
+    prefill: str | None = None,
+    decode: str | None = None,
     failover: bool = False,
     tune: bool = False,
     progress: ProgressCallback | None = None,
@@ -78,6 +81,10 @@ def load(
         prefix_cache_bytes: Most bytes of KV caches that are kept when their requests end, for
             requests that begin with the same tokens; 0 keeps none, None keeps 8,192 tokens,
             and no more than an eighth of the memory that is free. See docs/prefix-reuse.md.
+        prefill: With ``decode``, two runtimes for one generation: this backend runs the long
+            parts of prompts, the other everything else. On the CPU, or ``"backend:device"``.
+            They stand for ``backend`` and ``device``. See docs/two-runtimes.md.
+        decode: As ``prefill``; the KV cache is handed over between the two.
         failover: Where the backend fails in the middle of a generation, go on with the next
             candidate of the plan: see docs/failover.md. Needs ``"auto"`` as ``device`` or
             ``backend``.
@@ -113,6 +120,30 @@ def load(
             f"options={dict(options)!r} are settings of one runtime: name its backend as well"
         )
     DeviceName.parse(device)
+    if prefill is not None or decode is not None:
+        # Imported here: few loads take two runtimes.
+        from phirt.pairing import check_pair, load_pair, preparer
+
+        parts = check_pair(
+            prefill,
+            decode,
+            device=device,
+            backend=backend,
+            options=options,
+            failover=failover,
+            tune=tune,
+        )
+        prepare_part = preparer(
+            model,
+            precision=precision,
+            context=context,
+            optimize=optimize,
+            offline=offline,
+            progress=progress,
+        )
+        pair_options = LoadOptions(threads=threads, spinning=spinning)
+        selection, started = load_pair(parts, prepare_part, pair_options, announce=announce)
+        return _as_model(selection, prefix_cache_bytes, started=started)
     if failover:
         check_failover(device=device, backend=backend)
     machine = machine_for(backend)
@@ -144,28 +175,40 @@ def load(
         if time_candidates(prepared, announce=announce):
             started = time.perf_counter()
             prepared = planned()
-    find_folder = _FolderFinder(prepared, announce, started=started)
+    find_folder = FolderFinder(prepared, announce, started=started)
     loader = PlanLoader(
         machine,
         find_folder,
         LoadOptions(threads=threads, spinning=spinning, extra=dict(options or {})),
-        try_first=_try_first,
+        try_first=try_first,
         refusals=prepared.refusals,
     )
-    with _explain_removal(find_folder.located):
-        selection = loader.load(prepared.plan)
-        try:
-            load_next = loader.load_next if failover else None
-            prefixes = new_prefix_cache(selection, prefix_cache_bytes)
-            return Model(
-                selection, started=find_folder.started, prefixes=prefixes, load_next=load_next
-            )
-        except BaseException:
-            selection.loaded.close()
-            raise
+    with explain_removal(find_folder.located):
+        return _as_model(
+            loader.load(prepared.plan),
+            prefix_cache_bytes,
+            started=find_folder.started,
+            load_next=loader.load_next if failover else None,
+        )
 
 
-class _FolderFinder:
+def _as_model(
+    selection: Selection,
+    prefix_cache_bytes: int | None,
+    *,
+    started: float,
+    load_next: LoadNext | None = None,
+) -> Model:
+    """The face of what was loaded, which is freed if it cannot be had."""
+    try:
+        prefixes = new_prefix_cache(selection, prefix_cache_bytes)
+        return Model(selection, started=started, prefixes=prefixes, load_next=load_next)
+    except BaseException:
+        selection.loaded.close()
+        raise
+
+
+class FolderFinder:
     """Finds or makes the folders of candidates, one load long.
 
     Attributes:
@@ -181,6 +224,7 @@ class _FolderFinder:
         self.located: list[Path] = []
 
     def __call__(self, candidate: PlanCandidate) -> ModelFolder:
+        """The folder of a candidate, as `phirt.dispatch.select.FindFolder`."""
         assert candidate.artifact is not None  # noqa: S101  # as that of all that are usable
         folder = self._forms.obtain(
             candidate.artifact,
@@ -194,14 +238,15 @@ class _FolderFinder:
         return folder
 
 
-def _try_first(backend: str, device: str) -> Trial:
+def try_first(backend: str, device: str) -> Trial:
+    """Run a tiny model there, as `phirt.dispatch.select.TryFirst`."""
     from phirt.dispatch.survey import Survey
 
     return Survey().trial(backend, device)
 
 
 @contextmanager
-def _explain_removal(located: Sequence[Path]) -> Iterator[None]:
+def explain_removal(located: Sequence[Path]) -> Iterator[None]:
     """Say that a model was removed, where that is behind whatever a runtime raised."""
     try:
         yield

@@ -47,6 +47,7 @@ SAME_ROOM = {
     "remote": "model",
     "conversion": "model",
     "forms": "model",
+    "pairing": "model",
     "planning": "model",
     "tuning": "model",
     "__main__": "cli",

@@ -5,8 +5,9 @@ The formula, and how far it is from what was measured, is in docs/memory.md.
 
 from __future__ import annotations
 
+from phirt.devices.names import DeviceName
 from phirt.dispatch.footprint import TOKENIZER, TOKENIZER_PARSED, Footprint, footprint_of
-from phirt.dispatch.plan import MemoryNeed
+from phirt.dispatch.plan import MemoryNeed, PlanCandidate
 from phirt.dispatch.shape import ModelShape, bits_of, shape_of, shape_of_config, weights_bytes
 from phirt.errors import OutOfMemoryError
 from phirt.models.variants import megabytes
@@ -14,6 +15,7 @@ from phirt.models.variants import megabytes
 __all__ = [
     "ModelShape",
     "check_fit",
+    "check_pair_fit",
     "predict_memory",
     "shape_of",
     "shape_of_config",
@@ -158,6 +160,45 @@ def check_fit(
         f"weights, {megabytes(need.kv)} of KV cache and {megabytes(need.workspace)} of "
         f"workspace. {megabytes(need.free)} are free. {advice}"
     )
+
+
+def check_pair_fit(prefill: PlanCandidate, decode: PlanCandidate, *, model: str) -> None:
+    """Refuse two runtimes that cannot hold a model beside each other.
+
+    Each has a copy of the weights, and while a KV cache is handed over there are two of it.
+    Where nobody knows what one of them needs, each is held against what is free as it is loaded.
+
+    Args:
+        prefill: The one, which fits alone.
+        decode: The other, likewise.
+        model: What the user calls the model.
+
+    Raises:
+        OutOfMemoryError: They do not fit; the message has the numbers.
+    """
+    places: dict[str, list[tuple[PlanCandidate, MemoryNeed]]] = {}
+    for part in (prefill, decode):
+        if part.memory is None:
+            return
+        kind = DeviceName.parse(part.device).kind
+        place = "the host" if kind in _ON_HOST else f"device {part.device!r}"
+        places.setdefault(place, []).append((part, part.memory))
+    for place, held in places.items():
+        frees = [need.free for _, need in held if need.free is not None]
+        total = sum(need.total for _, need in held)
+        if not frees or total <= min(frees):
+            continue
+        each = " and ".join(
+            f"{megabytes(need.total)} for {part.described} ({megabytes(need.weights)} of weights, "
+            f"{megabytes(need.kv)} of KV cache and {megabytes(need.workspace)} of workspace)"
+            for part, need in held
+        )
+        raise OutOfMemoryError(
+            f"{model!r} with a context of {held[0][1].context:,} tokens, on two runtimes, needs "
+            f"{megabytes(total)} of the memory of {place}: {each}. {megabytes(min(frees))} are "
+            f'free. Pass backend="{decode.backend}" alone, a smaller context, or a precision with '
+            "smaller weights."
+        )
 
 
 def _advice(need: MemoryNeed, shape: ModelShape, backend: str, precision: str | None) -> str:
