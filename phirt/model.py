@@ -24,6 +24,8 @@ from phirt.generation.score import score_tokens
 from phirt.generation.several import SeveralSequences
 from phirt.generation.speculation import StepCosts
 from phirt.models.folder import ModelFolder
+from phirt.prefix_files import load_prefix, save_prefix
+from phirt.prefixes import bytes_per_token
 from phirt.protocols import LoadedModel, Placement
 from phirt.stream import Generation, TokenStream
 from phirt.text.chat import ChatTemplate
@@ -204,8 +206,7 @@ class Model:
     def _params_for(
         self, params: GenerationParams | None, overrides: Mapping[str, Any]
     ) -> GenerationParams:
-        if self._standby.is_closed():
-            raise SessionClosedError(f"Model {self.name!r} is closed; load it again.")
+        self._check_open()
         params = GenerationParams() if params is None else params
         if not isinstance(params, GenerationParams):
             raise TypeError(f"params must be a GenerationParams, not {type(params).__name__}")
@@ -288,6 +289,56 @@ class Model:
             ContextLengthError: The prompt is longer than the context.
         """
         return score_tokens(self._loaded, self.encode(prompt))
+
+    def save_prefix(self, prompt: PromptLike, path: str | Path) -> int:
+        """Compute a prompt's KV cache, or what is not kept of it, and write it to a file.
+
+        Another process loads it with `load_prefix` and need not compute it. The file is
+        safetensors and holds the token ids, too: see docs/two-runtimes.md.
+
+        Args:
+            prompt: As for `generate`: a system prompt, a document, a chat so far.
+            path: The file; what is there is replaced, at once and whole.
+
+        Returns:
+            How many tokens the prompt has.
+
+        Raises:
+            UnsupportedModelError: The runtime cannot give its caches away.
+            ContextLengthError: The prompt is longer than the context.
+            ValueError: It is empty, or a token id is out of range.
+            OSError: The file cannot be written.
+        """
+        self._check_open()
+        token_ids = self.encode(prompt)
+        save_prefix(self._loaded, self._prefixes, token_ids, Path(path))
+        return len(token_ids)
+
+    def load_prefix(self, path: str | Path) -> int:
+        """Take over the KV cache of a file, for prompts that begin with the same tokens.
+
+        It is kept as those of ended requests are, within ``prefix_cache_bytes``.
+
+        Args:
+            path: What `save_prefix` wrote, with a model of the same weights.
+
+        Returns:
+            How many tokens it holds.
+
+        Raises:
+            ModelNotFoundError: There is no such file.
+            ModelFormatError: It is damaged.
+            UnsupportedModelError: It is of other weights, or the runtime cannot take it over.
+            ContextLengthError: It holds more tokens than the context.
+            ValueError: The model keeps no caches, or none of that size.
+        """
+        self._check_open()
+        size = bytes_per_token(self._folder)
+        return load_prefix(self._loaded, self._prefixes, Path(path), bytes_per_token=size)
+
+    def _check_open(self) -> None:
+        if self._standby.is_closed():
+            raise SessionClosedError(f"Model {self.name!r} is closed; load it again.")
 
     def close(self) -> None:
         """Free the weights once the last stream has ended. Calling it again does nothing."""

@@ -9,8 +9,9 @@ from phirt.generation.prefix import PrefixCache
 
 if TYPE_CHECKING:
     from phirt.dispatch.select import Selection
+    from phirt.models.folder import ModelFolder
 
-__all__ = ["check_capacity", "new_prefix_cache"]
+__all__ = ["bytes_per_token", "check_capacity", "new_prefix_cache"]
 
 _TOKENS = 8192
 _SHARE = 8
@@ -40,15 +41,20 @@ def new_prefix_cache(selection: Selection, capacity_bytes: int | None) -> Prefix
         capacity_bytes: Most bytes that it may hold. None: room for 8,192 tokens, and at most
             an eighth of the memory that is free where the model is.
     """
-    facts = selection.folder.facts
-    bytes_per_token = 2 * facts.num_layers * facts.num_kv_heads * facts.head_size * _BYTES_PER_VALUE
+    token = bytes_per_token(selection.folder)
     if capacity_bytes is None:
         chosen = selection.plan.chosen
         need = None if chosen is None else chosen.memory
         free = None if need is None else need.free
         if free is None:
             free = read_memory().free
-        capacity_bytes = min(_TOKENS * bytes_per_token, free // _SHARE)
+        capacity_bytes = min(_TOKENS * token, free // _SHARE)
     if capacity_bytes == 0:
         return None
-    return PrefixCache(capacity_bytes=capacity_bytes, bytes_per_token=bytes_per_token)
+    return PrefixCache(capacity_bytes=capacity_bytes, bytes_per_token=token)
+
+
+def bytes_per_token(folder: ModelFolder) -> int:
+    """Most bytes that the keys and values of a token take in all layers."""
+    facts = folder.facts
+    return 2 * facts.num_layers * facts.num_kv_heads * facts.head_size * _BYTES_PER_VALUE

@@ -87,6 +87,17 @@ class PrefixCache:
         with self._lock:
             return sum(self._bytes_of(kept.token_ids.size) for kept in self._kept)
 
+    def refusal(self, length: int) -> str | None:
+        """Why a cache of so many tokens would not be kept, or None."""
+        if self._closed:
+            return "the model is closed"
+        if length < _SHORTEST:
+            return f"of fewer than {_SHORTEST} tokens nothing is reused"
+        size = self._bytes_of(length)
+        if size > self._capacity:
+            return f"it takes {size:,} bytes, and prefix_cache_bytes is {self._capacity:,}"
+        return None
+
     def take(self, model: LoadedModel, token_ids: IntArray, *, limit: int) -> OpenSession | None:
         """A session of ``model`` that holds a prefix of the tokens, and nothing else.
 
