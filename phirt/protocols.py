@@ -307,7 +307,7 @@ class KVPool(Protocol):
         """Make each session a copy of its source, all at once (beams, n > 1).
 
         Args:
-            sessions: Distinct sessions of this pool, which are overwritten.
+            sessions: Distinct sessions of this pool, which are overwritten; empty ones too.
             sources: Sessions of this pool, one for each; one may be named several times.
         """
 

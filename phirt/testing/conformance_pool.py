@@ -72,6 +72,20 @@ class PoolConformance:
                 rows.decode(pool, sessions, [0, 1, 2], f"after reorder {sources}")
 
     @_BOTH
+    def test_reorder_onto_fresh_rows(
+        self, batching: Subject, lengths: tuple[int, ...], room: int
+    ) -> None:
+        """One prompt is prefilled once, and rows that never held a token become copies of it."""
+        rows = _Rows(batching, lengths[:1])
+        with _pool(batching, slots=3, room=room) as pool:
+            sessions = rows.prefill(pool)
+            sessions += [pool.acquire(), pool.acquire()]
+            pool.reorder(sessions[1:], [sessions[0], sessions[0]])
+            rows.ids = [list(rows.ids[0]) for _ in sessions]
+            for step in range(_STEPS):
+                rows.decode(pool, sessions, [0, 1, 2], f"step {step + 1} of three copies")
+
+    @_BOTH
     def test_a_row_alone(self, batching: Subject, lengths: tuple[int, ...], room: int) -> None:
         """A session of a pool is a session: it decodes by itself between two steps of all."""
         rows = _Rows(batching, lengths)
