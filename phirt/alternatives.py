@@ -31,7 +31,7 @@ def generate_several(
         The best, or the first sample; the others are its ``alternatives``.
     """
     stops = request.stop_strings
-    completions = request.run(lambda: _Text(tokenizer, stops))
+    completions = request.run(_Text(tokenizer, stops))
     first, *others = (
         _generation(completion, tokenizer, stops, prompt_length=prompt_length, load_s=load_s)
         for completion in completions

@@ -144,7 +144,7 @@ def ours(model: LoadedModel, ends: Sequence[int], **options: Any) -> list[Comple
         **options,
     )
     request = SeveralSequences(model, PROMPT, params, defaults=GenerationDefaults())
-    return request.run(Never)
+    return request.run(Never())
 
 
 def compare(found: Sequence[Completion], expected, *, length_penalty: float = 1.0) -> None:
@@ -179,7 +179,7 @@ def test_fewer_are_the_best_of_more(model, theirs, likely):
     params = GenerationParams(
         num_beams=4, n=2, max_new_tokens=NEW, stop_token_ids=likely, ignore_eos=True
     )
-    found = SeveralSequences(model, PROMPT, params, defaults=GenerationDefaults()).run(Never)
+    found = SeveralSequences(model, PROMPT, params, defaults=GenerationDefaults()).run(Never())
     compare(found, expected[:2])
 
 
@@ -220,7 +220,7 @@ def test_across_the_boundary_of_longrope_and_in_a_window(architecture, backend, 
     assert (model.info.rope_boundary, model.info.window) != (None, None)
     prompt = random_ids(28, seed=3)
     params = GenerationParams(num_beams=3, n=3, max_new_tokens=NEW, length_penalty=0.0)
-    found = SeveralSequences(model, prompt, params, defaults=GenerationDefaults()).run(Never)
+    found = SeveralSequences(model, prompt, params, defaults=GenerationDefaults()).run(Never())
     for one in found:
         ids, total = list(prompt), 0.0
         for step in one.steps:

@@ -75,7 +75,8 @@ class BasePool(abc.ABC, Generic[_Row]):
     def _known(self, sessions: Sequence[Session]) -> list[_Row]:
         """The sessions as rows of this pool."""
         self._check_open()
-        known = [row for session in sessions for row in self._held() if row is session]
+        held = {id(row): row for row in self._held()}
+        known = [held[id(session)] for session in sessions if id(session) in held]
         if len(known) != len(sessions):
             raise ValueError("A session is not of this pool, or is closed.")
         return known

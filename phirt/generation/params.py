@@ -14,6 +14,10 @@ from phirt.types import LogitsProcessor
 __all__ = ["SAMPLING_VALIDATORS", "GenerationParams"]
 
 
+_MOST_SEQUENCES = 1024
+"""Each has a KV cache; far below this the memory of the machines that this is for ends."""
+
+
 def _no_bias() -> Mapping[int, float]:
     return MappingProxyType({})
 
@@ -60,7 +64,7 @@ class GenerationParams:
         prompt_lookup_num_tokens: Most tokens that are guessed at once from what followed the
             same tokens before, in prompt or output; the guesses change the speed and not the
             choices. Unset: no guesses, but for those of a draft model.
-        num_beams: Sequences that beam search keeps at each step; 1 is off.
+        num_beams: Sequences that beam search keeps at each step, at most 1,024; 1 is off.
         length_penalty: Beam search divides a finished sequence's log-probability by its
             generated tokens to this power: above 0 prefers long ones, below 0 short ones.
             Unset: 1.
@@ -68,7 +72,7 @@ class GenerationParams:
             at once; False when none that goes on scores better at its present length;
             ``"never"`` when none can at any length. Unset: False.
         n: Sequences to return (Hugging Face's ``num_return_sequences``): the best beams, at
-            most ``num_beams``; without beams so many samples. Unset: 1.
+            most ``num_beams``; without beams so many samples, at most 1,024. Unset: 1.
 
     Raises:
         TypeError: A value of the wrong type.
@@ -227,10 +231,10 @@ _VALIDATORS: Mapping[str, Callable[[str, object], Any]] = MappingProxyType(
         "seed": _count(0, 2**64),
         "logprobs": _count(0),
         "prompt_lookup_num_tokens": _count(1, 65),
-        "num_beams": _count(1),
+        "num_beams": _count(1, _MOST_SEQUENCES + 1),
         "length_penalty": _number("finite", lambda _: True),
         "early_stopping": check.early_stopping,
-        "n": _count(1),
+        "n": _count(1, _MOST_SEQUENCES + 1),
     }
 )
 

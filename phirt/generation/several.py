@@ -6,7 +6,7 @@ They share the processors, the samplers and the stop rules of the decode loop
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, Self
 
@@ -137,11 +137,11 @@ class SeveralSequences:
         """Let `run` raise before it calls the model again. Callable from any thread."""
         self._rows.cancel()
 
-    def run(self, new_rule: Callable[[], StopRule]) -> list[Completion]:
+    def run(self, rule: StopRule) -> list[Completion]:
         """Generate all of them. Every row is free when it returns or raises.
 
         Args:
-            new_rule: Makes the rule of a sequence that has no tokens yet.
+            rule: As it is before the first token; each sequence gets a copy.
 
         Returns:
             The sequences: of a beam search the best first, and fewer than ``n`` where there are
@@ -154,8 +154,8 @@ class SeveralSequences:
         """
         with self._rows:
             if self._resolved.num_beams > 1:
-                return self._search(new_rule())
-            return self._sample(new_rule)
+                return self._search(rule)
+            return self._sample(rule)
 
     def _search(self, rule: StopRule) -> list[Completion]:
         """Beam search."""
@@ -237,10 +237,12 @@ class SeveralSequences:
             score=hypothesis.score,
         )
 
-    def _sample(self, new_rule: Callable[[], StopRule]) -> list[Completion]:
+    def _sample(self, rule: StopRule) -> list[Completion]:
         """Samples, each as if it were alone."""
         samples = [
-            _Sample(self._history.copy(), RandomStream(sample_seed(self._seed, number)), new_rule())
+            _Sample(
+                self._history.copy(), RandomStream(sample_seed(self._seed, number)), rule.copy()
+            )
             for number in range(self._resolved.n)
         ]
         for sample in samples:

@@ -75,10 +75,10 @@ def fake(request):
     return PooledModel(mixing, vocab=VOCAB, **WAYS[request.param])
 
 
-def several(model, params, *, prompt=PROMPT, rule=Never, **options):
+def several(model, params, *, prompt=PROMPT, rule=None, **options):
     options.setdefault("defaults", GenerationDefaults())
     request = SeveralSequences(model, prompt, GenerationParams(**params), **options)
-    return request.run(rule)
+    return request.run(rule or Never())
 
 
 def ids_of(completions):
@@ -146,7 +146,7 @@ class TestBeams:
         model = PooledModel(mixing, vocab=VOCAB)
         params = {"num_beams": 3, "n": 3, "max_new_tokens": 6, "length_penalty": 0}
         first, second = ids_of(several(model, params))[0][1:3]
-        found = several(model, params, rule=lambda: After(first, second))
+        found = several(model, params, rule=After(first, second))
         stopped = [one for one in found if one.finish_reason == "stop_string"]
         assert stopped
         assert all([step.token_id for step in one.steps][-2:] == [first, second] for one in stopped)
@@ -268,7 +268,7 @@ class TestSamples:
         model = PooledModel(mixing, vocab=VOCAB)
         expected = ids_of(several(model, params))
         pair = expected[1][3:5]
-        found = several(model, params, rule=lambda: After(*pair))
+        found = several(model, params, rule=After(*pair))
         assert ids_of(found) == [expected[0], expected[1][:5], expected[2]]
         assert [one.finish_reason for one in found] == ["length", "stop_string", "length"]
 
@@ -341,7 +341,7 @@ class TestWhatIsFreeAfterwards:
         full = GenerationParams(**params, logits_processors=[cancelling])
         request = SeveralSequences(fake, PROMPT, full, defaults=GenerationDefaults())
         with pytest.raises(SessionClosedError, match="cancelled"):
-            request.run(Never)
+            request.run(Never())
         assert fake.sessions_open == fake.pools_open == 0
 
     def test_when_it_was_cancelled_before(self, fake, params):
@@ -350,7 +350,7 @@ class TestWhatIsFreeAfterwards:
         )
         request.cancel()
         with pytest.raises(SessionClosedError, match="cancelled"):
-            request.run(Never)
+            request.run(Never())
         assert not fake.calls
         assert fake.sessions_open == fake.pools_open == 0
 
@@ -371,6 +371,8 @@ class TestWhatIsRefused:
         [
             ({"num_beams": 0}, "num_beams must be at least 1"),
             ({"n": 0}, "n must be at least 1"),
+            ({"num_beams": 1025}, "num_beams must be at least 1 and below 1025, not 1025"),
+            ({"n": 2**31 - 1}, "n must be at least 1 and below 1025"),
             ({"num_beams": 2, "n": 3}, "n=3 is more than num_beams=2.*lower n"),
             ({"num_beams": 2, "do_sample": True}, "does not sample.*Leave one of them out"),
             ({"length_penalty": 2.0}, "length_penalty=2.0 is for beam search.*num_beams above 1"),
