@@ -157,16 +157,20 @@ class _Row:
         if self._skips_case:
             return
         words = _words(case.prompt_tokens, case.concurrency)
-        if self._samples and self._spent_s + self._last_s > self.settings.row_timeout_s:
+        expected = self._last_s if self._samples else 0.0
+        if self._spent_s + expected >= self.settings.row_timeout_s:
             # It would be killed within it; what was measured is as good as it is.
-            self._end(f"{words}: {self._measured()} within {self._limit}.")
+            done = max(len(self._samples) - 1, 0)
+            self._end(f"{words}: {self._limit} were over after {done} of its repeats.")
             return
         time.sleep(_REST_S)
         started = time.perf_counter()
         try:
             reply = self._ask(Request(case=case))
         except WorkerEndedError as end:
-            self._end(f"{words}: its process {end}.")
+            over = self._spent_s >= self.settings.row_timeout_s
+            why = f"{self._limit} were over. Its" if over else "its"
+            self._end(f"{words}: {why} process {end}.")
             return
         self._last_s = time.perf_counter() - started
         if reply.sample is None:
@@ -237,10 +241,6 @@ class _Row:
     def _end(self, note: str) -> None:
         self._notes.append(note)
         self.close()
-
-    def _measured(self) -> str:
-        done = len(self._samples) - 1
-        return f"{done} of {self.settings.repeats} repeats were measured"
 
     @property
     def _limit(self) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -156,6 +157,9 @@ def requests() -> Iterator[tuple[str, Answer]]:
     end_with_parent(folder)
     for number, line in enumerate(sys.stdin.buffer):
         yield line.decode().rstrip("\n"), Answer(folder / _name(number))
+    # Whoever asked closed it, or is gone and removes nothing any more.
+    if folder.name.startswith(PREFIX):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Answer:

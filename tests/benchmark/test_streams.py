@@ -28,6 +28,20 @@ def test_every_stream_generates_as_many_tokens(tiny_model):
     assert len(found.prefill_tokens_per_s) == 3
 
 
+def test_no_prompt_goes_on_from_another(tiny_model, monkeypatch):
+    stream, seen = type(tiny_model).stream, []
+
+    def keep(self, prompt, **given):
+        seen.append(stream(self, prompt, **given))
+        return seen[-1]
+
+    monkeypatch.setattr(type(tiny_model), "stream", keep)
+    for number in (0, 2, 4):
+        case = Case(prompt_tokens=12, new_tokens=3, concurrency=2, number=number)
+        time_streams(tiny_model, case)
+    assert [each.result.usage.cached_tokens for each in seen] == [0] * 6
+
+
 def test_what_fails_in_a_stream_is_raised(tiny_model):
     with pytest.raises(ContextLengthError):
         time_streams(tiny_model, Case(prompt_tokens=4000, new_tokens=2, concurrency=2, number=0))

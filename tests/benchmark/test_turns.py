@@ -26,7 +26,8 @@ def task(backend: str) -> RowTask:
 class Workers:
     """In place of `Worker`: each is of the backend that it is asked to load, and has a script.
 
-    A step of a script is seconds that a case takes, an error that it answers, or an exception.
+    A step of a script is seconds that a case takes, an error that it answers, an exception, or
+    seconds and an exception after them.
     """
 
     def __init__(self, scripts: dict[str, list[Any]]) -> None:
@@ -58,6 +59,9 @@ class FakeWorker:
             self.backend = request.load.backend
         workers.log.append((self.backend, request.case or "load"))
         step = workers.scripts[self.backend].pop(0)
+        if isinstance(step, tuple):
+            seconds, step = step
+            workers.now += seconds
         if isinstance(step, BaseException):
             raise step
         if isinstance(step, str):
@@ -179,12 +183,31 @@ def test_a_slow_row_ends_before_its_time_is_over(run):
     (a, b), workers, _ = run({"a": [1.0, 4.0, 4.0], "b": [1.0] * 5}, settings=settings)
     assert [len(each.samples) for each in a.points] == [1]
     assert a.notes == (
-        "128 prompt tokens, 1 stream: 1 of 3 repeats were measured within the 10 s of a row.",
+        "128 prompt tokens, 1 stream: the 10 s of a row were over after 1 of its repeats.",
     )
     # Each request is given what is left of the row's own time.
     assert workers.limits[:2] == [10.0, 10.0]
     assert min(workers.limits) == 5.0
     assert len(b.points[0].samples) == 3
+
+
+def test_a_case_is_not_begun_when_the_time_is_over(run):
+    settings = replace(SETTINGS, prompt_tokens=(8, 16), row_timeout_s=10.0)
+    (a,), workers, _ = run({"a": [1.0, 2.0, 2.0, 2.0, 3.0]}, settings=settings)
+    assert [each.prompt_tokens for each in a.points] == [8]
+    assert len(measured(workers)) == 4
+    assert a.notes == (
+        "16 prompt tokens, 1 stream: the 10 s of a row were over after 0 of its repeats.",
+    )
+
+
+def test_one_that_is_killed_for_its_time_says_so(run):
+    late = WorkerEndedError("gave no answer within 9 s")
+    settings = replace(SETTINGS, row_timeout_s=10.0)
+    (a,), *_ = run({"a": [1.0, (9.0, late)]}, settings=settings)
+    assert a.points == ()
+    (note,) = a.notes
+    assert note.endswith("the 10 s of a row were over. Its process gave no answer within 9 s.")
 
 
 def test_processes_end_when_it_is_interrupted(run, monkeypatch):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
+import sys
 import textwrap
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
@@ -85,6 +90,38 @@ def test_one_that_hangs_is_killed(start):
         worker.ask("", timeout_s=0.2)
     assert time.perf_counter() - started < 20
     assert not psutil.pid_exists(pid)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signal that ends at once")
+@pytest.mark.parametrize("work", ["pass", "time.sleep(1000)"], ids=["waiting", "at work"])
+def test_it_ends_with_the_process_that_started_it_and_leaves_nothing(tmp_path, work):
+    told = tmp_path / "told"
+    (tmp_path / "orphan.py").write_text(
+        "import os, sys, time\nfrom phirt.devices.worker import requests\n"
+        "for request, answer in requests():\n"
+        "    answer(f'{os.getpid()} {sys.argv[1]}')\n"
+        f"    {work}\n",
+        encoding="utf-8",
+    )
+    source = (
+        "import pathlib, time; from phirt.devices.worker import Worker; worker = Worker('orphan'); "
+        f"pathlib.Path({str(told)!r}).write_text(worker.ask('', timeout_s=60)); time.sleep(1000)"
+    )
+    path = os.pathsep.join(filter(None, [str(tmp_path), *sys.path]))
+    environment = os.environ | {"PYTHONPATH": path}
+    with subprocess.Popen([sys.executable, "-c", source], env=environment) as parent:
+        wait_for(lambda: told.exists() and " " in told.read_text(encoding="utf-8"))
+        parent.kill()
+    number, folder = told.read_text(encoding="utf-8").split(" ", 1)
+    wait_for(lambda: not psutil.pid_exists(int(number)))
+    assert not Path(folder).exists()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_a_process_that_was_started_to_answer_starts_none(monkeypatch):
