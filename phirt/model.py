@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
+import threading
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, cast
@@ -22,7 +24,9 @@ from phirt.generation.params_resolved import GenerationDefaults
 from phirt.generation.prefix import PrefixCache
 from phirt.generation.score import score_tokens
 from phirt.generation.several import SeveralSequences
+from phirt.generation.sharing import MOST_ROWS, SharedModel, can_share
 from phirt.generation.speculation import StepCosts
+from phirt.many import run_streams
 from phirt.models.folder import ModelFolder
 from phirt.prefix_files import load_prefix, save_prefix
 from phirt.prefixes import bytes_per_token
@@ -58,6 +62,8 @@ class Model:
         self._recover = self._take_over if load_next is not None else None
         self._prefixes = prefixes
         self._step_costs = StepCosts()
+        self._shared: SharedModel | None = None
+        self._sharing = threading.Lock()
         # Those whose tokens were compared with this model's.
         self._assistants: weakref.WeakSet[Model] = weakref.WeakSet()
         folder = selection.folder
@@ -90,12 +96,12 @@ class Model:
 
     @property
     def backend(self) -> str:
-        """Name of the backend that runs it."""
+        """Name of the backend that runs it; of two, that for prefill, ``+``, that for decode."""
         return self._standby.current.backend
 
     @property
     def device(self) -> str:
-        """Name of the device that it runs on."""
+        """Name of the device that it runs on; of two that differ, as `backend` has them."""
         return self._standby.current.device
 
     @property
@@ -191,6 +197,35 @@ class Model:
                 pass
             return stream.result
 
+    def generate_many(
+        self,
+        prompts: Sequence[PromptLike],
+        *,
+        params: GenerationParams | None = None,
+        **overrides: Any,
+    ) -> list[Generation]:
+        """Generate for many prompts at once, where the backend can in shared steps.
+
+        Each result is what `generate` returns for its prompt. Where a seed is given, all
+        prompts have it.
+
+        Args:
+            prompts: As for `generate`; at most 32 run at once, and the others follow.
+            params: How to generate; None for the model's own defaults.
+            **overrides: Single parameters, by `GenerationParams`' names, over ``params``.
+
+        Returns:
+            One result a prompt, in their order.
+
+        Raises:
+            Exception: As `generate`. The first failure ends all of them; bad arguments are
+                refused before anything runs.
+        """
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be a sequence of prompts, not a single string")
+        streams = [self.stream(prompt, params=params, **overrides) for prompt in prompts]
+        return run_streams(streams, most=MOST_ROWS)
+
     def _generate_several(self, prompt_ids: list[int], params: GenerationParams) -> Generation:
         request = SeveralSequences(
             self._loaded,
@@ -228,7 +263,7 @@ class Model:
         """
         params = self._params_for(params, overrides)
         loop = DecodeLoop(
-            self._loaded,
+            self._driven(self._loaded),
             self.encode(prompt),
             params,
             defaults=self._defaults,
@@ -345,13 +380,28 @@ class Model:
         if self._prefixes is not None:
             self._prefixes.close()
         self._standby.close()
+        with self._sharing:
+            if self._shared is not None:
+                self._shared.close()
 
     def _take_over(self, failed: LoadedModel, error: Exception, *, tokens: int) -> Takeover | None:
+        if isinstance(failed, SharedModel):
+            failed = failed.model
         takeover = self._standby.recover(failed, error, tokens=tokens)
+        model = self._driven(self._loaded)
         if self._prefixes is not None:
             # The kept sessions of a model that was given up keep its weights in memory.
-            self._prefixes.forget(except_of=self._loaded)
-        return takeover
+            self._prefixes.forget(except_of=model)
+        return takeover and replace(takeover, model=self._driven(takeover.model))
+
+    def _driven(self, loaded: LoadedModel) -> LoadedModel:
+        """A loaded model as requests drive it: together, where it can run several at once."""
+        if not can_share(loaded):
+            return loaded
+        with self._sharing:
+            if self._shared is None or self._shared.model is not loaded:
+                self._shared = SharedModel(loaded)
+            return self._shared
 
     def __enter__(self) -> Self:
         return self

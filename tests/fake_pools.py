@@ -69,7 +69,7 @@ class MovableSession(FakeSession):
         self.ids = [int(token) for token in cache.layers[0].key.ravel()]
 
 
-class FakeRow(PoolRow, FakeSession):
+class FakeRow(PoolRow, MovableSession):
     """A row of a pool."""
 
     def become(self, ids: list[int]) -> None:

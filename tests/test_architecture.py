@@ -42,6 +42,7 @@ SAME_ROOM = {
     "stream": "model",
     "failover": "model",
     "loading": "model",
+    "many": "model",
     "prefix_files": "model",
     "prefixes": "model",
     "locate": "model",

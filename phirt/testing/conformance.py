@@ -20,6 +20,7 @@ from phirt.testing.conformance_prefix import PrefixConformance
 from phirt.testing.conformance_rope import RopeConformance
 from phirt.testing.conformance_safety import SafetyConformance
 from phirt.testing.conformance_settings import DENSE_ARCHITECTURES, LONG_ROPE_ARCHITECTURES
+from phirt.testing.conformance_sharing import SharingConformance
 from phirt.testing.conformance_speculation import SpeculationConformance
 from phirt.testing.conformance_steps import StepConformance
 from phirt.testing.conformance_threads import LifetimeConformance, ThreadConformance
@@ -34,6 +35,7 @@ class BackendConformance(
     CacheConformance,
     PoolConformance,
     PrefixConformance,
+    SharingConformance,
     SpeculationConformance,
     ThreadConformance,
     LifetimeConformance,

@@ -63,14 +63,15 @@ class SharedCache:
         capacity = min(-(-wanted // _BUCKET) * _BUCKET, self._limit)
         shape = (self._rows, self._graph.kv_heads, capacity, self._graph.head_size)
         try:
-            self._move_to(shape, max(held, default=0))
+            self._move_to(shape, held)
         except Exception as error:
             raise translate(error, f"allocating a KV cache for {capacity} tokens") from error
         self.capacity = capacity
         self.version += 1
 
-    def _move_to(self, shape: tuple[int, ...], length: int) -> None:
-        """Replace the buffers by larger ones, which take over the first ``length`` positions."""
+    def _move_to(self, shape: tuple[int, ...], held: Sequence[int]) -> None:
+        """Replace the buffers by larger ones, which take over what each row holds."""
+        length = max(held, default=0)
         element, memory, count = self._graph.cache, self._memory, len(self._graph.past)
         if memory.on_host:
             arrays = [memory.zeros(shape, element) for _ in range(count)]
@@ -78,7 +79,9 @@ class SharedCache:
             # All is allocated, and nothing of it taken yet. An old buffer goes as soon as it is
             # copied, so that there are never two of more than one.
             for index in range(count if length else 0):
-                arrays[index][:, :, :length] = self._arrays[index][:, :, :length]
+                # Row by row: to write where a row is empty would take memory for it.
+                for row, kept in enumerate(held):
+                    arrays[index][row, :, :kept] = self._arrays[index][row, :, :kept]
                 self._arrays[index], self._values[index] = arrays[index], values[index]
             self._arrays, self._values = arrays, values
             return
