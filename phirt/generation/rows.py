@@ -107,8 +107,7 @@ class Rows:
         inherited = dict(zip(sources[::-1], range(len(sources) - 1, -1, -1), strict=True))
         spare = [row for number, row in enumerate(self._sessions) if number not in inherited]
         copied = [place for place, row in enumerate(sources) if inherited[row] != place]
-        kept = [place for place in range(len(sources)) if place not in copied]
-        sessions = {place: self._sessions[sources[place]] for place in kept}
+        sessions = {place: self._sessions[row] for row, place in inherited.items()}
         targets = self._store.copy([self._sessions[sources[place]] for place in copied], spare)
         unfilled: list[int] = []
         for place, target in zip(copied, targets, strict=True):
