@@ -5,7 +5,6 @@ Attention windows, LongRoPE's boundary, and which nodes prove where a model runs
 
 from __future__ import annotations
 
-import mmap
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from phirt.models.protobuf import (
     WireError,
     bytes_of,
     fields,
+    open_buffer,
     packed_varints,
     signed,
 )
@@ -85,7 +85,7 @@ def read_nodes(path: Path) -> GraphNodes:
         ModelFormatError: The file is not an ONNX model.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open_buffer(path) as data:
             return _walk(data)
     except (WireError, ValueError, UnicodeDecodeError) as error:
         raise ModelFormatError(f"{path} is not a sound ONNX model: {error}.") from error

@@ -6,13 +6,20 @@ onnxruntime-genai's Model Builder write.
 
 from __future__ import annotations
 
-import mmap
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from phirt.models.protobuf import Buffer, Field, WireError, bytes_of, fields, packed_varints
+from phirt.models.protobuf import (
+    Buffer,
+    Field,
+    WireError,
+    bytes_of,
+    fields,
+    open_buffer,
+    packed_varints,
+)
 
 __all__ = ["GraphShape", "read_graph_shape"]
 
@@ -55,7 +62,7 @@ def read_graph_shape(path: Path, *, hidden_size: int) -> GraphShape | None:
         hidden_size: Width of the residual stream.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        with open_buffer(path) as data:
             weights = list(_weights(data))
     except (OSError, WireError, ValueError):  # to be told by the load, which reads it all
         return None

@@ -9,7 +9,6 @@ operators that do not exist, are the runtime's own to judge.
 from __future__ import annotations
 
 import math
-import mmap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from phirt.models.protobuf import (
     WireError,
     bytes_of,
     fields,
+    open_buffer,
     packed_varints,
     signed,
 )
@@ -109,14 +109,13 @@ def check_onnx_files(folder: Path, model_file: str) -> None:
     check_links(folder)
     path = resolve_inside(folder, model_file)
     try:
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            if size == 0:
-                raise ModelFormatError(f"{folder / model_file} is empty.")
-            if size >= _MAX_GRAPH_BYTES:
-                raise ModelFormatError(f"{folder / model_file} exceeds protobuf's 2 GiB.")
-            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                _Checker(folder, folder / model_file, data).check()
+        size = path.stat().st_size
+        if size == 0:
+            raise ModelFormatError(f"{folder / model_file} is empty.")
+        if size >= _MAX_GRAPH_BYTES:
+            raise ModelFormatError(f"{folder / model_file} exceeds protobuf's 2 GiB.")
+        with open_buffer(path) as data:
+            _Checker(folder, folder / model_file, data).check()
     except FileNotFoundError as error:
         if isinstance(error, ModelNotFoundError):
             raise

@@ -9,6 +9,7 @@ a new, longer cache, which is the next step's past.
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -139,7 +140,11 @@ class OrtModel(BaseModel):
         self._provider = provider
         open_libraries(ort, provider)
         self._open = _Opener(ort, provider, settings, path)
-        self.inference: Any = self._open(os.fspath(path))
+        # onnxruntime lets go of the interpreter's lock while it opens the graph.
+        with ThreadPoolExecutor(1, thread_name_prefix="phirt-graph") as reader:
+            reading = reader.submit(read_nodes, path)
+            self.inference: Any = self._open(os.fspath(path))
+            nodes = reading.result()
         check_opened(ort, self.inference, provider, device)
         self._placement = read_placement(self.inference, provider, device)
         self.graph = describe_graph(self.inference, folder)
@@ -148,7 +153,6 @@ class OrtModel(BaseModel):
             if provider.memory == "cpu"
             else DeviceMemory(ort, self._open, provider.memory, provider.index)
         )
-        nodes = read_nodes(path)
         self.least_capacity = nodes.least_capacity
         self.shares_buffer = provider.shares_buffer and _shares_buffer(folder)
         facts = folder.facts
