@@ -346,7 +346,7 @@ class Model:
         """
         self._check_open()
         token_ids = self.encode(prompt)
-        save_prefix(self._loaded, self._prefixes, token_ids, Path(path))
+        save_prefix(self._driven(self._loaded), self._prefixes, token_ids, Path(path))
         return len(token_ids)
 
     def load_prefix(self, path: str | Path) -> int:
@@ -368,8 +368,8 @@ class Model:
             ValueError: The model keeps no caches, or none of that size.
         """
         self._check_open()
-        size = bytes_per_token(self._folder)
-        return load_prefix(self._loaded, self._prefixes, Path(path), bytes_per_token=size)
+        model, size = self._driven(self._loaded), bytes_per_token(self._folder)
+        return load_prefix(model, self._prefixes, Path(path), bytes_per_token=size)
 
     def _check_open(self) -> None:
         if self._standby.is_closed():
