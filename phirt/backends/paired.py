@@ -32,8 +32,8 @@ __all__ = ["PREFILL_FROM", "PairedModel"]
 PREFILL_FROM = 32
 """Fewest tokens of a prefill that is worth a hand-over, where nobody says another number.
 
-SmolLM2 in int8 on two cores: the hand-over took 6 ms and 40 µs a token, and OpenVINO prefilled
-32 tokens 130 ms sooner than onnxruntime. Below some tens of tokens what is won is in the noise,
+SmolLM2 in int8 on two cores: the hand-over took 3 ms and 40 µs a token, and OpenVINO prefilled
+32 tokens 137 ms sooner than onnxruntime. Below some tens of tokens what is won is in the noise,
 and two caches are allocated for it.
 """
 
