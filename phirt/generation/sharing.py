@@ -38,8 +38,11 @@ MOST_ROWS = 32
 _PART = 1.5
 """How many steps a part of a newcomer's prompt may take while others are generating."""
 
-_SMALLEST_PART = 4
-"""Tokens; smaller parts would make a prompt take for ever."""
+_SMALLEST_PART = 2
+"""Tokens; one token runs with another kernel."""
+
+_FIRST_PART = 4
+"""Tokens of a part before it is known what a token of a prompt costs."""
 
 _RECENT = 0.3
 """Weight of the newest time in the average."""
@@ -105,8 +108,7 @@ class SharedModel:
             remaining: Tokens that are left of it.
         """
         if not self.turns.others_step or not self._token_s:
-            # What a token of a prompt costs is not known yet: a small part tells.
-            size = 8 * _SMALLEST_PART if self.turns.others_step else remaining
+            size = _FIRST_PART if self.turns.others_step else remaining
         else:
             size = max(int(_PART * self.turns.step_s / self._token_s), _SMALLEST_PART)
         # Never a rest of one, which runs with another kernel.
