@@ -10,7 +10,7 @@ import pytest
 import phirt
 from benchmarks.speculation_prompts import REPEATING, WRITING
 
-NEW_TOKENS = 96
+NEW_TOKENS = 64
 GUESS = 16
 
 
@@ -35,7 +35,7 @@ def ratios(model: phirt.Model, prompts: list[str]) -> tuple[list[float], int, in
         chat = [{"role": "user", "content": prompt}]
         plainly = phirt.GenerationParams(max_new_tokens=NEW_TOKENS, ignore_eos=True, temperature=0)
         with_, without = [], []
-        for _ in range(3):
+        for _ in range(2):
             plain = model.generate(chat, params=plainly)
             guessing = model.generate(chat, params=plainly, prompt_lookup_num_tokens=GUESS)
             without.append(rate(plain))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -96,6 +97,8 @@ class FakePool(SeparatePool[FakeRow]):
         rows = self._ready(sessions, token_ids)
         model = self.model
         model.steps.append(len(rows))
+        if model.delay:
+            time.sleep(model.delay)
         model.calls.append(("step", len(rows)))
         if model.fail_at == len(model.calls):
             raise BackendRuntimeError("the fake failed, as it was told to")

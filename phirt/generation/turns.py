@@ -203,25 +203,31 @@ class Turns(Generic[_Member]):
 
     def _due(self) -> list[_Request[_Member]]:
         """What runs next; nothing where a step waits for its last members a moment longer."""
-        if self._calls and (self._was_step or not self._steps):
-            self._was_step = False
-            return [self._calls.popleft()]
-        if not self._steps:
-            return []
         waiting = {each.member for each in self._steps}
-        if self._last - waiting and len(waiting) < self._most:
-            now = time.perf_counter()
-            if self._gather_until is None:
-                gather = min(max(_GATHER * self.step_s, _LEAST_GATHER_S), _MOST_GATHER_S)
-                self._gather_until = now + gather
-            if now < self._gather_until:
-                return []
+        if self._calls and self._was_step:
+            self._was_step = False
+            self._gather_until = None
+            return [self._calls.popleft()]
+        # After a call it is a step's turn, even where nobody waits for it yet.
+        if self._last - waiting and len(waiting) < self._most and self._may_come():
+            return []
         self._gather_until = None
+        if not self._steps:
+            self._last.clear()
+            return [self._calls.popleft()] if self._calls else []
         due = [self._steps.popleft() for _ in range(min(len(self._steps), self._most))]
         # Who does not come in time, such as a reader that is slow, is not waited for again.
         self._last = {each.member for each in due} | (self._last & waiting)
         self._was_step = True
         return list(due)
+
+    def _may_come(self) -> bool:
+        """Whether there is time yet for those that took part in the last step."""
+        now = time.perf_counter()
+        if self._gather_until is None:
+            gather = min(max(_GATHER * self.step_s, _LEAST_GATHER_S), _MOST_GATHER_S)
+            self._gather_until = now + gather
+        return now < self._gather_until
 
     def _patience(self) -> float | None:
         if self._gather_until is None:

@@ -163,7 +163,7 @@ class TestNewcomers:
         # In parts, none of one token, with steps of the other between them.
         assert sum(parts) == 200
         assert len(parts) > 1
-        assert passed >= len(parts) - 1
+        assert passed >= len(parts) // 2
 
     def test_alone_it_comes_at_once(self, model, shared):
         tokens(loop_of(shared, [7] * 200, max_new_tokens=1))
