@@ -5,14 +5,12 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 import phirt
-
-NEW_TOKENS = 48
+from benchmarks.streams import throughput
 
 
 @pytest.fixture(params=["int8", "fp32"])
@@ -20,25 +18,6 @@ def model(request):
     """The default model in a precision, without prefix reuse."""
     with phirt.load(precision=request.param, prefix_cache_bytes=0) as loaded:
         yield loaded
-
-
-def throughput(model: phirt.Model, count: int) -> float:
-    """Tokens/s of ``count`` streams together, from the last first token to the first last one."""
-    prompts = [
-        [(7 * stream + 3 * index) % 9000 + 100 for index in range(24)] for stream in range(count)
-    ]
-    times: list[list[float]] = [[] for _ in range(count)]
-
-    def run(stream: int) -> None:
-        params = phirt.GenerationParams(max_new_tokens=NEW_TOKENS, ignore_eos=True, temperature=0)
-        for _ in model.stream(prompts[stream], params=params):
-            times[stream].append(time.perf_counter())
-
-    with ThreadPoolExecutor(count) as pool:
-        list(pool.map(run, range(count)))
-    begin, end = max(each[0] for each in times), min(each[-1] for each in times)
-    tokens = sum(begin < moment <= end for each in times for moment in each)
-    return tokens / (end - begin)
 
 
 @pytest.mark.parametrize("count", [8, 16])
