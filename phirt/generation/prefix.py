@@ -12,6 +12,7 @@ import logging
 import os
 import threading
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -35,6 +36,14 @@ _WORTH_A_COPY = 64
 
 _BUCKET = 256
 """Tokens; sessions allocate their caches in multiples of about as many."""
+
+
+@runtime_checkable
+class Pausable(Protocol):
+    """A session that others wait for while it is in use."""
+
+    def pause(self) -> None:
+        """No call comes for a while: nobody need wait for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +153,8 @@ class PrefixCache:
         if os.getpid() != self._process or token_ids.size < _SHORTEST:
             _close(opened.session)
             return
+        if isinstance(opened.session, Pausable):
+            opened.session.pause()
         self._keep(_Kept(opened, token_ids.copy()))
 
     def forget(self, *, except_of: LoadedModel | None = None) -> None:

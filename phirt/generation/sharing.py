@@ -223,6 +223,10 @@ class SharedSession:
             self._state = "interrupted"
             self._shared.turns.interrupt(self, self._interrupt)
 
+    def pause(self) -> None:
+        """No call comes for a while: steps need not wait for one."""
+        self._shared.turns.pause(self)
+
     def close(self) -> None:
         """Free the cache. Calling it again does nothing."""
         if self._state != "closed":

@@ -163,6 +163,14 @@ class Turns(Generic[_Member]):
                 running()
             self._changed.notify_all()
 
+    def pause(self, member: _Member) -> None:
+        """Wait for a member no more until it comes again."""
+        if os.getpid() != self._process:
+            return
+        with self._changed:
+            self._last.discard(member)
+            self._changed.notify_all()
+
     def leave(self, member: _Member, then: Callable[[], object]) -> None:
         """Wait for a member no more, and call ``then`` once nothing runs: now, or soon."""
         if os.getpid() != self._process:

@@ -169,6 +169,14 @@ class TestNewcomers:
         tokens(loop_of(shared, [7] * 200, max_new_tokens=1))
         assert model.calls == [("run", 200)]
 
+    def test_a_kept_session_is_waited_for_no_more(self, model, shared):
+        cache = PrefixCache(capacity_bytes=10**6, bytes_per_token=1)
+        tokens(loop_of(shared, [5] * 20, prefixes=cache))
+        model.calls.clear()
+        tokens(loop_of(shared, [7] * 200, max_new_tokens=1, prefixes=cache))
+        assert model.calls == [("run", 200)]
+        cache.close()
+
     def test_the_first_call_of_the_long_rotary_regime_is_not_parted(self):
         model = pooled(rope_boundary=50)
         shared = SharedModel(model)
