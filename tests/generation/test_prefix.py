@@ -211,7 +211,8 @@ class TestWhatARuntimeCannotDo:
     @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
     @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
     def test_a_forked_child_takes_nothing_and_closes_nothing(self, model, cache):
-        assert sys.platform != "win32"  # for the type checker
+        if sys.platform == "win32":
+            return  # skipped, which the type checker does not know
         run(model, cache, ids(100, 40))
         with cache._lock:  # as if another thread held it
             child = os.fork()
