@@ -29,6 +29,11 @@ _TENSOR_DIMS, _TENSOR_NAME, _TENSOR_EXTERNAL = 1, 8, 13
 _ENTRY_KEY, _ENTRY_VALUE = 1, 2
 
 _GATE = re.compile(r"layers\.0[./]mlp[./]gate(_up)?_proj")
+_HEAD = re.compile("lm_head")
+_EMBEDDING = re.compile("embed")
+_LONGEST_SEARCHED = 4096  # bytes: more are weights, and no copy of them is made
+# A part of every name that is looked for: what has none of them need not be read.
+_PARTS = (b"gate", b"lm_head", b"embed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +72,8 @@ def read_graph_shape(path: Path, *, hidden_size: int) -> GraphShape | None:
     except (OSError, WireError, ValueError):  # to be told by the load, which reads it all
         return None
     gate = _largest(weights, _GATE)
-    head = _largest(weights, re.compile("lm_head"))
-    embedding = _largest(weights, re.compile("embed"))
+    head = _largest(weights, _HEAD)
+    embedding = _largest(weights, _EMBEDDING)
     if gate is None:
         return None
     # (out, in blocks, bytes) where it is quantized, else (out, in) or (in, out).
@@ -89,6 +94,10 @@ def _largest(weights: list[_Weights], pattern: re.Pattern[str]) -> _Weights | No
 def _weights(data: Buffer) -> Iterator[_Weights]:
     for graph in _of(data, 0, len(data), _MODEL_GRAPH):
         for tensor in _of(data, graph.start, graph.end, _GRAPH_INITIALIZER):
+            if tensor.end - tensor.start < _LONGEST_SEARCHED:
+                stored = bytes_of(data, tensor)
+                if not any(part in stored for part in _PARTS):
+                    continue
             weights = _read(data, tensor)
             if weights.dims:
                 yield weights

@@ -148,6 +148,12 @@ class _Checker:
             )
 
     def _fields(self, start: int, end: int) -> Iterator[Field]:
+        # A field takes two bytes at the least: a small file cannot have too many.
+        if len(self._data) <= 2 * _MAX_FIELDS:
+            return fields(self._data, start, end)
+        return self._counted(start, end)
+
+    def _counted(self, start: int, end: int) -> Iterator[Field]:
         for item in fields(self._data, start, end):
             self._fields_left -= 1
             if self._fields_left < 0:
