@@ -214,7 +214,8 @@ def bench_once(session: nox.Session) -> None:
 
 def run_benchmarks(session: nox.Session, *arguments: str) -> None:
     """Run pytest over benchmarks/ with the rivals installed."""
-    install(session, "bench", extra="cpu")
+    runtimes = ",".join(extra for extra in CPU_BACKENDS if extra != "torch")
+    install(session, "bench", extra=runtimes)
     session.run("pytest", "benchmarks", *arguments, env={"PHIRT_HOME": str(STORE)})
 
 

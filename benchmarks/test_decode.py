@@ -6,11 +6,16 @@ import os
 from collections.abc import Callable
 from typing import cast
 
+import pytest
+
 import phirt
 from benchmarks.alternate import Comparison, alternate
 from benchmarks.bare_loop import BareLoop
-from benchmarks.rivals import GenaiLoop
+from benchmarks.rivals import GenaiLoop, LlamaCppLoop, MlxLoop
 from phirt.backends.onnxruntime.adapter import OrtModel
+from phirt.models.catalog import DEFAULT_MODEL, get_entry
+from phirt.models.pypi import resolve_source
+from phirt.models.store import Store
 
 NEW_TOKENS = 64
 
@@ -97,3 +102,34 @@ def test_against_a_bare_loop(benchmark, model: phirt.Model, prompt_ids, kl):
     report(benchmark, model, "a bare IOBinding loop", result, kl)
     if benchmark.enabled:
         assert result.ratio >= 0.97
+
+
+def test_against_llama_cpp(benchmark, model: phirt.Model, prompt_ids, kl):
+    """llama.cpp on the file that the default model is made of, with as many threads."""
+    pytest.importorskip("cyllama", reason="cyllama has no wheel for this platform")
+    path = resolve_source(get_entry(DEFAULT_MODEL).pypi_source(), Store())
+    threads = os.cpu_count() or 1
+
+    def load_ours() -> Callable[[], float]:
+        loaded = phirt.load(model.path)
+        return lambda: our_rate(loaded, prompt_ids)
+
+    def load_theirs() -> Callable[[], float]:
+        rival = LlamaCppLoop(path, threads=threads)
+        return lambda: rival.decode_rate(prompt_ids, NEW_TOKENS)
+
+    result = alternate(benchmark, Reloaded(load_ours), Reloaded(load_theirs))
+    report(benchmark, model, f"llama.cpp on {path.name}, {threads} threads", result, kl)
+
+
+def test_against_mlx_lm(benchmark, model: phirt.Model, prompt_ids, kl):
+    """mlx-lm on the same weights in bfloat16, which is what it can have of them at best here."""
+    pytest.importorskip("mlx_lm", reason="mlx-lm has no wheel for this platform")
+    rival = MlxLoop(phirt.pull(backend="mlx"))
+    result = alternate(
+        benchmark,
+        lambda: our_rate(model, prompt_ids),
+        lambda: rival.decode_rate(prompt_ids, 16),
+        rounds=5,
+    )
+    report(benchmark, model, "mlx-lm on the CPU", result, kl)
