@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["GenaiLoop", "LlamaCppLoop", "MlxLoop"]
+__all__ = ["GenaiLoop", "LlamaCppLoop", "MlxLoop", "OpenVinoLoop"]
 
 
 class GenaiLoop:
@@ -122,3 +122,29 @@ class MlxLoop:
             for _ in generate_step(mx.array(prompt_ids), self._model, max_tokens=new_tokens)
         ]
         return (len(moments) - 1) / (moments[-1] - moments[0])
+
+
+class OpenVinoLoop:
+    """``openvino_genai.LLMPipeline`` on an IR folder.
+
+    Args:
+        folder: The model folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        import openvino as ov
+        import openvino_genai
+
+        self._ov = ov
+        self._genai = openvino_genai
+        self._pipeline = openvino_genai.LLMPipeline(os.fspath(folder), "CPU")
+
+    def decode_rate(self, prompt_ids: list[int], new_tokens: int) -> float:
+        """Greedy decode, tokens/s, from the pipeline's own times of each token after the first."""
+        config = self._genai.GenerationConfig()
+        config.max_new_tokens = new_tokens
+        config.ignore_eos = True
+        config.do_sample = False
+        result = self._pipeline.generate(self._ov.Tensor(np.array([prompt_ids], np.int64)), config)
+        assert len(result.tokens[0]) == new_tokens
+        return 1000 / float(result.perf_metrics.get_tpot().mean)

@@ -11,7 +11,7 @@ import pytest
 import phirt
 from benchmarks.alternate import Comparison, alternate
 from benchmarks.bare_loop import BareLoop
-from benchmarks.rivals import GenaiLoop, LlamaCppLoop, MlxLoop
+from benchmarks.rivals import GenaiLoop, LlamaCppLoop, MlxLoop, OpenVinoLoop
 from phirt.backends.onnxruntime.adapter import OrtModel
 from phirt.models.catalog import DEFAULT_MODEL, get_entry
 from phirt.models.pypi import resolve_source
@@ -120,6 +120,23 @@ def test_against_llama_cpp(benchmark, model: phirt.Model, prompt_ids, kl):
 
     result = alternate(benchmark, Reloaded(load_ours), Reloaded(load_theirs))
     report(benchmark, model, f"llama.cpp on {path.name}, {threads} threads", result, kl)
+
+
+def test_against_openvino_genai(benchmark, model: phirt.Model, prompt_ids, kl):
+    """LLMPipeline on phirt's own IR in int8, against phirt's fastest on this machine."""
+    pytest.importorskip("openvino_genai", reason="openvino-genai has no wheel for this platform")
+    folder = phirt.pull(backend="openvino", precision="int8")
+
+    def load_ours() -> Callable[[], float]:
+        loaded = phirt.load(model.path)
+        return lambda: our_rate(loaded, prompt_ids)
+
+    def load_theirs() -> Callable[[], float]:
+        rival = OpenVinoLoop(folder)
+        return lambda: rival.decode_rate(prompt_ids, NEW_TOKENS)
+
+    result = alternate(benchmark, Reloaded(load_ours), Reloaded(load_theirs))
+    report(benchmark, model, "openvino_genai.LLMPipeline", result, kl)
 
 
 def test_against_mlx_lm(benchmark, model: phirt.Model, prompt_ids, kl):
