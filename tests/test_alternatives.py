@@ -74,9 +74,11 @@ class TestBeams:
         assert found.usage.prompt_tokens > 1
 
     def test_rows_are_free_afterwards(self, tiny_model):
+        # Other requests of this model have left caches that are kept.
+        before = set(tiny_model.loaded._open_sessions)
         for _ in range(3):
             tiny_model.generate("hello", **BEAMS)
-        assert not list(tiny_model.loaded._open_sessions)
+        assert set(tiny_model.loaded._open_sessions) <= before
 
 
 class TestSamples:

@@ -96,7 +96,13 @@ def test_json_is_one_object_with_these_keys(phirt_run):
         "model": "fake",
         "backend": "scripted",
         "device": "cpu",
-        "usage": {"prompt_tokens": 7, "cached_tokens": 0, "completion_tokens": 4},
+        "usage": {
+            "prompt_tokens": 7,
+            "cached_tokens": 0,
+            "completion_tokens": 4,
+            "drafted_tokens": 0,
+            "accepted_tokens": 0,
+        },
         "timings": {
             "load_s": 0.5,
             "ttft_s": 0.25,
