@@ -235,8 +235,14 @@ class Session(Protocol):
     def can_extend(self) -> bool:
         """Whether `prefill` may be called on a cache that is not empty."""
 
-    def prefill(self, token_ids: Sequence[int]) -> Logits:
-        """Append one or more tokens and return the logits of the last position."""
+    def prefill(self, token_ids: Sequence[int], *, needs_logits: bool = True) -> Logits:
+        """Append one or more tokens and return the logits of the last position.
+
+        Args:
+            token_ids: The tokens.
+            needs_logits: False where more of the prompt follows: the result is not read, and
+                need not be computed.
+        """
 
     def decode(self, token_id: int) -> Logits:
         """Append one token and return its logits, shape (1, vocab)."""

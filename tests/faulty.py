@@ -101,8 +101,8 @@ class FaultySession:
     def can_extend(self) -> bool:
         return self.session.can_extend
 
-    def prefill(self, token_ids: Sequence[int]) -> Logits:
-        return self.model.answer(self.session.prefill(token_ids))
+    def prefill(self, token_ids: Sequence[int], *, needs_logits: bool = True) -> Logits:
+        return self.model.answer(self.session.prefill(token_ids, needs_logits=needs_logits))
 
     def decode(self, token_id: int) -> Logits:
         return self.model.answer(self.session.decode(token_id))

@@ -11,7 +11,7 @@ import abc
 import threading
 import weakref
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from phirt.backends.at_exit import is_exiting
 from phirt.backends.execution import Execution
@@ -33,7 +33,10 @@ from phirt.protocols import (
     Session,
 )
 
-__all__ = ["BaseModel", "BaseSession", "HostLogits"]
+__all__ = ["BaseModel", "BaseSession", "HostLogits", "Positions"]
+
+Positions: TypeAlias = Literal["none", "last", "every"]
+"""Of which tokens of a call the logits are asked for."""
 
 
 class BaseModel(abc.ABC):
@@ -184,17 +187,17 @@ class BaseSession(abc.ABC):
         """Whether `prefill` may be called on a cache that is not empty."""
         return True
 
-    def prefill(self, token_ids: Sequence[int]) -> Logits:
+    def prefill(self, token_ids: Sequence[int], *, needs_logits: bool = True) -> Logits:
         """Append one or more tokens and return the logits of the last, shape (1, vocab)."""
-        return self._run(token_ids, every_position=False)
+        return self._run(token_ids, which="last" if needs_logits else "none")
 
     def decode(self, token_id: int) -> Logits:
         """Append one token and return its logits, shape (1, vocab)."""
-        return self._run((token_id,), every_position=False)
+        return self._run((token_id,), which="last")
 
     def verify(self, token_ids: Sequence[int]) -> Logits:
         """Append n tokens and return the logits of each, shape (n, vocab)."""
-        return self._run(token_ids, every_position=True)
+        return self._run(token_ids, which="every")
 
     def truncate(self, length: int) -> None:
         """Forget every token from ``length`` on."""
@@ -258,7 +261,7 @@ class BaseSession(abc.ABC):
         finally:
             model.session_closed(self)
 
-    def _run(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
+    def _run(self, token_ids: Sequence[int], *, which: Positions) -> Logits:
         self._check_open()
         count = len(token_ids)
         if count == 0:
@@ -279,7 +282,7 @@ class BaseSession(abc.ABC):
         if not all(0 <= token < vocab for token in token_ids):
             raise ValueError(f"Token ids must be from 0 to {vocab - 1:,}.")
         try:
-            logits = self._execution.run(self._append_tokens, token_ids, every_position)
+            logits = self._execution.run(self._append_tokens, token_ids, which)
         except BaseException as error:
             # The cache may be half written: only close() makes sense from here on.
             if self._state == "interrupted" and isinstance(error, BackendRuntimeError):
@@ -318,12 +321,18 @@ class BaseSession(abc.ABC):
         """Below this the runtime would go on with the short rotary factors."""
         return (self._info.rope_boundary or 0) if self._regime == "long" and self._length else 0
 
-    def _append_tokens(self, token_ids: Sequence[int], every_position: bool) -> Logits:
-        return self._append(token_ids, every_position=every_position)
+    def _append_tokens(self, token_ids: Sequence[int], which: Positions) -> Logits:
+        if which == "none":
+            return self._append_only(token_ids)
+        return self._append(token_ids, every_position=which == "every")
 
     @abc.abstractmethod
     def _append(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
         """Run the tokens on the cache; raise only phirt's errors."""
+
+    def _append_only(self, token_ids: Sequence[int]) -> Logits:
+        """Run tokens whose logits nobody reads; to be replaced where that saves something."""
+        return self._append(token_ids, every_position=False)
 
     @abc.abstractmethod
     def _free(self) -> None:

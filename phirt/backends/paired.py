@@ -163,6 +163,10 @@ class PairedSession(BaseSession):
             return session.decode(token_ids[0])
         return session.prefill(token_ids)
 
+    def _append_only(self, token_ids: Sequence[int]) -> Logits:
+        session = self._session_on(self._model_for(len(token_ids), every_position=False))
+        return session.prefill(token_ids, needs_logits=False)
+
     def _model_for(self, count: int, *, every_position: bool) -> LoadedModel:
         """The model that a call of ``count`` tokens belongs to."""
         pair, active, total = self._pair, self._active, self._length + count

@@ -11,6 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -271,7 +272,9 @@ class Forward:
         chunk = self._prefill_chunk if opened.session.can_extend else length
         first_call = 1 if start else info.first_call(opened.limit)
         for size in split_prompt(length - start, chunk, first=first_call):
-            logits = self._call(opened.session.prefill, ids[:size])
+            is_last = size == len(ids)
+            prefill = partial(opened.session.prefill, needs_logits=is_last)
+            logits = self._call(prefill, ids[:size])
             del ids[:size]
         if first:
             self._watch.prefill_stopped()

@@ -158,8 +158,9 @@ class Rows:
         start = 0
         for size in split_prompt(len(ids), chunk, first=first):
             self._check_cancelled()
-            logits = session.prefill(ids[start : start + size])
+            part = ids[start : start + size]
             start += size
+            logits = session.prefill(part, needs_logits=start == len(ids))
         row: FloatArray = logits.numpy()[-1]
         return row
 

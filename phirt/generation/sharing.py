@@ -18,6 +18,7 @@ from typing import Literal
 from phirt.errors import BackendRuntimeError, SessionClosedError
 from phirt.generation.host_logits import HostLogits
 from phirt.generation.pool_rows import PoolRows
+from phirt.generation.prompt_parts import PromptParts
 from phirt.generation.turns import Step, Turns
 from phirt.protocols import (
     Capabilities,
@@ -34,18 +35,6 @@ __all__ = ["MOST_ROWS", "SharedModel", "SharedSession", "can_share"]
 
 MOST_ROWS = 32
 """Most sequences of one step."""
-
-_PART = 1.5
-"""How many steps a part of a newcomer's prompt may take while others are generating."""
-
-_SMALLEST_PART = 2
-"""Tokens; one token runs with another kernel."""
-
-_FIRST_PART = 4
-"""Tokens of a part before it is known what a token of a prompt costs."""
-
-_RECENT = 0.3
-"""Weight of the newest time in the average."""
 
 
 def can_share(model: LoadedModel) -> bool:
@@ -65,7 +54,7 @@ class SharedModel:
         self.rows = PoolRows(model, most=MOST_ROWS)
         self.turns: Turns[SharedSession] = Turns(self._run_step, most=MOST_ROWS)
         self.is_closed = False
-        self._token_s = 0.0
+        self.parts = PromptParts()
 
     @property
     def info(self) -> ModelInfo:
@@ -107,17 +96,9 @@ class SharedModel:
         Args:
             remaining: Tokens that are left of it.
         """
-        if not self.turns.others_step or not self._token_s:
-            size = _FIRST_PART if self.turns.others_step else remaining
-        else:
-            size = max(int(_PART * self.turns.step_s / self._token_s), _SMALLEST_PART)
-        # Never a rest of one, which runs with another kernel.
-        return remaining if size >= remaining - 1 else size
-
-    def prefilled(self, count: int, seconds: float) -> None:
-        """So many tokens of a prompt took so long."""
-        each = seconds / count
-        self._token_s += _RECENT * (each - self._token_s) if self._token_s else each
+        if not self.turns.others_step:
+            return remaining
+        return self.parts.size(remaining, step_s=self.turns.step_s)
 
     def _run_step(self, steps: Sequence[Step[SharedSession]]) -> None:
         if len(steps) == 1:
@@ -177,7 +158,7 @@ class SharedSession:
         """Whether `prefill` may be called on a cache that is not empty."""
         return self.inner.can_extend
 
-    def prefill(self, token_ids: Sequence[int]) -> Logits:
+    def prefill(self, token_ids: Sequence[int], *, needs_logits: bool = True) -> Logits:
         """Append one or more tokens, in parts while others are generating."""
         self._check_open()
         rest = list(token_ids)
@@ -186,7 +167,8 @@ class SharedSession:
         while True:
             size = min(max(self._shared.part_of(len(rest)), first), len(rest))
             part, rest, first = rest[:size], rest[size:], 1
-            logits = self._shared.turns.alone(self, partial(self._prefill, part))
+            call = partial(self._prefill, part, needs_logits=needs_logits and not rest)
+            logits = self._shared.turns.alone(self, call)
             if not rest:
                 return logits
 
@@ -247,10 +229,12 @@ class SharedSession:
         if self._shared.is_closed:
             self._shared.rows.close_if_empty()
 
-    def _prefill(self, token_ids: Sequence[int]) -> Logits:
+    def _prefill(self, token_ids: Sequence[int], *, needs_logits: bool) -> Logits:
+        is_part = self._shared.turns.others_step
         started = time.perf_counter()
-        logits = self.inner.prefill(token_ids)
-        self._shared.prefilled(len(token_ids), time.perf_counter() - started)
+        logits = self.inner.prefill(token_ids, needs_logits=needs_logits)
+        if is_part:
+            self._shared.parts.took(len(token_ids), time.perf_counter() - started)
         return logits
 
     def _check_open(self) -> None:

@@ -65,6 +65,21 @@ class StepConformance:
             what = f"prefill in parts of {chunks}"
             subject.assert_logits(logits, subject.oracle.logits(ids)[-1:], what)
 
+    @pytest.mark.parametrize("chunks", [(36, 12), (34, 13, 1)])
+    def test_chunks_without_logits(self, subject: Subject, chunks: tuple[int, ...]) -> None:
+        """Logits that nobody needs may be left out, and nothing else may."""
+        ids, start = random_ids(_LENGTH, seed=2), 0
+        with subject.session(_LENGTH) as session:
+            for size in chunks:
+                if start and not session.can_extend:
+                    pytest.skip("the session takes one prompt only")
+                part = ids[start : start + size]
+                start += size
+                logits = session.prefill(part, needs_logits=start == _LENGTH)
+                subject.check(session.length == start, f"the length is {session.length}")
+            what = f"prefill in parts of {chunks}, without logits but the last"
+            subject.assert_logits(logits, subject.oracle.logits(ids)[-1:], what)
+
     def test_growing_past_the_expected_length(self, subject: Subject) -> None:
         """``expected_length`` is a hint: a session grows to ``max_length``."""
         ids = random_ids(100, seed=3)

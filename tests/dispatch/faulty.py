@@ -146,8 +146,8 @@ class _Scaled:
     def new_session(self, **lengths: int) -> _Scaled:
         return _Scaled(self._inner.new_session(**lengths), self._factor)
 
-    def prefill(self, token_ids: Sequence[int]) -> HostLogits:
-        return self._scale(self._inner.prefill(token_ids).numpy())
+    def prefill(self, token_ids: Sequence[int], *, needs_logits: bool = True) -> HostLogits:
+        return self._scale(self._inner.prefill(token_ids, needs_logits=needs_logits).numpy())
 
     def decode(self, token_id: int) -> HostLogits:
         return self._scale(self._inner.decode(token_id).numpy())

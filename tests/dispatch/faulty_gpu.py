@@ -80,8 +80,8 @@ class OnCardSession:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def prefill(self, token_ids: Any) -> Logits:
-        return self.model.answer(self.inner.prefill(token_ids))
+    def prefill(self, token_ids: Any, *, needs_logits: bool = True) -> Logits:
+        return self.model.answer(self.inner.prefill(token_ids, needs_logits=needs_logits))
 
     def decode(self, token_id: int) -> Logits:
         return self.model.answer(self.inner.decode(token_id))

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from phirt.backends.base import HostLogits
+from phirt.backends.base import HostLogits, Positions
 from phirt.backends.reference.adapter import (
     ReferenceBackend,
     ReferenceModel,
@@ -39,6 +39,7 @@ CAUGHT_BY = {
     "TestDriftsInDecode": "test_decode_after_prefill[llama]",
     "TestRoundsToHalf": "test_prefill[llama-60]",
     "TestLosesChunks": "test_chunked_prefill[llama-chunks0]",
+    "TestLeavesOutMoreThanLogits": "test_chunks_without_logits[llama-chunks0]",
     "TestTruncatesTooFar": "test_truncate[llama-4]",
     "TestTruncatesNothing": "test_truncate_to_the_floor[llama]",
     "TestSwapsRows": "test_some_rows_in_any_order[llama-long]",
@@ -120,8 +121,8 @@ class TestDriftsInDecode(Suite):
 
 class TestRoundsToHalf(Suite):
     class Broken(ReferenceSession):
-        def prefill(self, token_ids: Sequence[int]) -> Logits:
-            values = super().prefill(token_ids).numpy()
+        def prefill(self, token_ids: Sequence[int], *, needs_logits: bool = True) -> Logits:
+            values = super().prefill(token_ids, needs_logits=needs_logits).numpy()
             return HostLogits(values.astype(np.float16).astype(np.float32))
 
     backend = with_session(Broken)
@@ -129,10 +130,22 @@ class TestRoundsToHalf(Suite):
 
 class TestLosesChunks(Suite):
     class Broken(ReferenceSession):
-        def prefill(self, token_ids: Sequence[int]) -> Logits:
+        def prefill(self, token_ids: Sequence[int], *, needs_logits: bool = True) -> Logits:
             if self.length:  # The second part overwrites the end of the first.
                 self.truncate(self.length - 1)
-            return super().prefill(token_ids)
+            return super().prefill(token_ids, needs_logits=needs_logits)
+
+    backend = with_session(Broken)
+
+
+class TestLeavesOutMoreThanLogits(Suite):
+    class Broken(ReferenceSession):
+        def _append_only(self, token_ids: Sequence[int]) -> Logits:
+            logits = super()._append_only(token_ids)
+            assert self._cache is not None
+            for layer in range(2):
+                self._cache.append(layer, self.length, *np.zeros((2, 2, 1, 16), np.float32))
+            return logits
 
     backend = with_session(Broken)
 
@@ -254,9 +267,9 @@ class TestUsesShortFactorsOnly(Suite):
 
 class TestBeginsLongSessionsShort(Suite):
     class Broken(ReferenceSession):
-        def _run(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
+        def _run(self, token_ids: Sequence[int], *, which: Positions) -> Logits:
             self._info = replace(self._info, rope_boundary=None)
-            return super()._run(token_ids, every_position=every_position)
+            return super()._run(token_ids, which=which)
 
     backend = with_session(Broken)
 

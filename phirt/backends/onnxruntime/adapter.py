@@ -189,6 +189,14 @@ class OrtModel(BaseModel):
         options.add_run_config_entry("gpu_graph_id", "-1")
         return options
 
+    @property
+    def can_skip_logits(self) -> bool:
+        """Whether a run may leave the LM head out.
+
+        Nobody has tried what kernels of other providers make of a product of no rows.
+        """
+        return self.graph.num_logits_to_keep is not None and self.memory.on_host
+
     @cached_property
     def selection(self) -> Any:
         """The graph that chooses the largest logits, on the model's own provider."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from phirt.backends.base import BaseSession, HostLogits
+from phirt.backends.base import BaseSession, HostLogits, Positions
 from phirt.backends.onnxruntime.cache import GrowingCache, SharedCache
 from phirt.backends.onnxruntime.errors import translate
 from phirt.backends.onnxruntime.logits import DeviceLogits
@@ -55,32 +55,44 @@ class OrtSession(BaseSession):
         self._bound_branch: bool | None = None
 
     def _append(self, token_ids: Sequence[int], *, every_position: bool) -> Logits:
+        return self._in_runs(token_ids, which="every" if every_position else "last")
+
+    def _append_only(self, token_ids: Sequence[int]) -> Logits:
+        return self._in_runs(token_ids, which="none")
+
+    def _in_runs(self, token_ids: Sequence[int], *, which: Positions) -> Logits:
+        """Run the tokens, no more of them at once than the load allows."""
         count, limit = len(token_ids), self._model.tokens_per_run
         # Graphs choose LongRoPE's factors by the length of each run, so that the first call
         # of a long session cannot be run in parts.
         is_first_of_long = self._regime == "long" and self._length == 0
         if limit is None or count <= limit or is_first_of_long:
-            return self._step(token_ids, self._length, every_position=every_position)
+            return self._step(token_ids, self._length, which=which)
         parts = []
         for start in range(0, count, limit):
             part = token_ids[start : start + limit]
-            logits = self._step(part, self._length + start, every_position=every_position)
-            if every_position:
+            wanted = "none" if which == "last" and start + limit < count else which
+            logits = self._step(part, self._length + start, which=wanted)
+            if which == "every":
                 parts.append(logits.numpy().copy())
         return HostLogits(np.concatenate(parts)) if parts else logits
 
-    def _step(self, token_ids: Sequence[int], past: int, *, every_position: bool) -> Logits:
+    def _step(self, token_ids: Sequence[int], past: int, *, which: Positions) -> Logits:
         """Run tokens that follow ``past`` others."""
         count = len(token_ids)
+        if which == "none" and not self._model.can_skip_logits:
+            which = "last"
         self._bind_cache(past, count)
         self._bind_inputs(token_ids, past)
-        in_place = self._bind_logits(count, every_position=every_position)
+        in_place = self._bind_logits(count, which=which)
         try:
             self._inference.run_with_iobinding(self._binding, self._run_options)
             self._keep_cache()
         except Exception as error:
             raise translate(error, f"running {count} tokens") from error
-        return self._take_logits(in_place=in_place, every_position=every_position)
+        if which == "none":
+            return HostLogits(np.empty((0, self._model.graph.vocab_size), np.float32))
+        return self._take_logits(in_place=in_place, every_position=which == "every")
 
     def _bind_inputs(self, token_ids: Sequence[int], past: int) -> None:
         graph, binding = self._model.graph, self._binding
@@ -112,17 +124,19 @@ class OrtSession(BaseSession):
             self._mask = np.ones((1, width), np.int64)
         return self._mask[:, :total]
 
-    def _bind_logits(self, count: int, *, every_position: bool) -> bool:
+    def _bind_logits(self, count: int, *, which: Positions) -> bool:
         """Bind the output, and say whether it is the session's own one-row buffer."""
         graph, binding, memory = self._model.graph, self._binding, self._model.memory
-        keep = count if every_position else 1
+        # Graphs slice from minus so many on: from +count on there is no position left, and the
+        # LM head has no rows to compute.
+        keep = {"none": -count, "last": 1, "every": count}[which]
         if graph.num_logits_to_keep is not None and keep != self._bound_keep:
             # An input with a default is bound as a value: binding it by its array looks
             # for it among the required inputs only.
             self._keep[0] = keep
             binding.bind_ortvalue_input(graph.num_logits_to_keep, self._keep_value)
             self._bound_keep = keep
-        one_row = count == 1 or (not every_position and graph.prunes_logits)
+        one_row = which != "none" and (count == 1 or (which == "last" and graph.prunes_logits))
         if not one_row:
             # onnxruntime allocates it, since its shape is the graph's to know.
             binding.bind_output(graph.logits, memory.device_type, memory.device_id)
