@@ -3,38 +3,21 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 import phirt
+from benchmarks.first_token import Turn, turn
 from benchmarks.precision_table import TEXT
 from phirt.quality.divergence import Rows, compare_rows
 from phirt.types import FloatArray
 
 PROMPT_TOKENS = 1000
-NEW_TOKENS = 32
 FORCED = 200
 ROUNDS = 5
 PREFILL, DECODE, PAIR = "openvino", "onnxruntime", "pair"
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one request took.
-
-    Attributes:
-        first_s: Until the first token.
-        second_s: From there to the second, in which the pair's cache is handed over.
-        rate: Tokens a second from the second on.
-    """
-
-    first_s: float
-    second_s: float
-    rate: float
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +37,6 @@ def token_ids(models: dict[str, phirt.Model]) -> list[int]:
     ids = models[PAIR].encode(TEXT.read_text(encoding="utf-8"))[: PROMPT_TOKENS + FORCED]
     assert len(ids) == PROMPT_TOKENS + FORCED
     return ids
-
-
-def turn(model: phirt.Model, prompt_ids: list[int]) -> Turn:
-    # A runtime's idle workers may spin for a while after its turn.
-    time.sleep(0.05)
-    times = [time.perf_counter()]
-    with model.stream(prompt_ids, max_new_tokens=NEW_TOKENS, ignore_eos=True) as stream:
-        times += [time.perf_counter() for _ in stream]
-    first, second, *rest = np.diff(times).tolist()
-    return Turn(first, second, len(rest) / sum(rest))
 
 
 def test_first_token_and_decode(benchmark, models, token_ids):

@@ -6,6 +6,7 @@ Attention windows, LongRoPE's boundary, and which nodes prove where a model runs
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from phirt.models.protobuf import (
     signed,
 )
 
-__all__ = ["GraphNodes", "is_heavy", "read_nodes", "supported_context"]
+__all__ = ["GraphNodes", "integer_fields", "is_heavy", "read_nodes", "supported_context"]
 
 # Field numbers of onnx.proto.
 _MODEL_GRAPH = 7
@@ -122,6 +123,21 @@ def _walk(data: Buffer) -> GraphNodes:
         least_capacity=least_capacity,
         rope_boundary=_integer(data, known[0]) if known else None,
     )
+
+
+def integer_fields(data: Buffer, *, operator: str, attribute: str) -> Iterator[Field]:
+    """Where an integer attribute of every node of an operator stands in a serialized model.
+
+    Raises:
+        WireError: It is not an ONNX model.
+    """
+    for graph in _of(data, 0, len(data), _MODEL_GRAPH):
+        for node in _of(data, graph.start, graph.end, _GRAPH_NODE):
+            if _text(data, node, _NODE_TYPE) != operator:
+                continue
+            for item in _of(data, node.start, node.end, _NODE_ATTRIBUTE):
+                if _text(data, item, _ATTRIBUTE_NAME) == attribute:
+                    yield from _of(data, item.start, item.end, _ATTRIBUTE_INT)
 
 
 def _integers(data: Buffer, node: Field) -> dict[str, int]:

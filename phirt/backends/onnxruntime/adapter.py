@@ -20,6 +20,7 @@ from phirt.backends.execution import InTurn, Parallel
 from phirt.backends.importing import import_runtime, unavailable
 from phirt.backends.onnx_nodes import read_nodes, supported_context
 from phirt.backends.onnxruntime.errors import translate_load
+from phirt.backends.onnxruntime.float_prefill import FloatPrefill
 from phirt.backends.onnxruntime.graph import describe_graph
 from phirt.backends.onnxruntime.libraries import check_opened, open_libraries
 from phirt.backends.onnxruntime.listing import list_devices
@@ -56,6 +57,9 @@ __all__ = ["OnnxRuntimeBackend"]
 
 _NAME = "onnxruntime"
 _EXTRA = "cpu"
+
+
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def _import() -> Any:
@@ -128,6 +132,7 @@ class OrtModel(BaseModel):
         memory: Where caches and logits lie.
         tokens_per_run: Most tokens of one run, or None.
         shares_buffer: Whether past and present are one buffer.
+        float_prefill: What computes long prompts with float activations, or None.
         least_capacity: Positions that such a buffer must have at least.
     """
 
@@ -155,6 +160,7 @@ class OrtModel(BaseModel):
         )
         self.least_capacity = nodes.least_capacity
         self.shares_buffer = provider.shares_buffer and _shares_buffer(folder)
+        self.float_prefill = self._float_prefill(settings, path)
         facts = folder.facts
         if self.least_capacity and not self.shares_buffer:
             raise UnsupportedModelError(
@@ -215,8 +221,21 @@ class OrtModel(BaseModel):
             )
         return OrtPool(self, slots=slots, capacity=capacity, expected_length=expected_length)
 
+    def _float_prefill(self, settings: Settings, path: Path) -> FloatPrefill | None:
+        least = settings.float_prefill_from
+        if least is None:
+            return None
+        if not (self.can_skip_logits and self.shares_buffer):
+            raise ValueError(
+                "extra['float_prefill_from'] is for graphs of phirt's own on the CPU: this one "
+                "has another cache, computes all logits, or runs elsewhere. Load without it."
+            )
+        return FloatPrefill(self._open, path, self.graph, least=least)
+
     def _unload(self) -> None:
         self.inference = None
+        if self.float_prefill is not None:
+            self.float_prefill.close()
         self.__dict__.pop("selection", None)
 
     def _capabilities(self) -> Capabilities:
@@ -254,6 +273,9 @@ class _Opener:
 
     def __call__(self, model: str | bytes) -> Any:
         options = session_options(self.ort, self.settings)
+        if isinstance(model, bytes):
+            # A serialized graph has no folder of its own to find weights in.
+            options.add_session_config_entry(_WEIGHTS_FOLDER, os.fspath(self.path.parent))
         providers = add_to(self.ort, self.provider, options, self.settings.provider_options)
         try:
             session = self.ort.InferenceSession(

@@ -25,6 +25,7 @@ class Settings:
         spinning: Whether idle worker threads spin; None for a short while.
         provider_options: The execution provider's own options.
         tokens_per_run: Most tokens of one run, or None.
+        float_prefill_from: How many tokens of a prompt run with float activations, or None.
         config: Entries of the session's configuration.
     """
 
@@ -32,11 +33,12 @@ class Settings:
     spinning: bool | None
     provider_options: Mapping[str, Any]
     tokens_per_run: int | None
+    float_prefill_from: int | None
     config: Mapping[str, str]
 
     @classmethod
     def of(cls, options: LoadOptions) -> Settings:
-        """Read `LoadOptions`; ``extra`` holds two names of phirt's own beside onnxruntime's.
+        """Read `LoadOptions`; ``extra`` holds names of phirt's own beside onnxruntime's.
 
         Raises:
             ValueError: There is no such setting, or a value is not of its kind.
@@ -47,24 +49,32 @@ class Settings:
             raise ValueError(  # noqa: TRY004  # a wrong setting, among right ones
                 f"extra['provider_options'] must be a mapping, not {provider_options!r}"
             )
-        limit = extra.pop("tokens_per_run", None)
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
-            raise ValueError(f"extra['tokens_per_run'] must be a positive integer, not {limit!r}")
+        limit = _count_of(extra, "tokens_per_run")
+        from_floats = _count_of(extra, "float_prefill_from")
         strange = [key for key in extra if "." not in str(key)]
         if strange:
             # onnxruntime takes any name, and does nothing about those that it does not know.
             raise ValueError(
                 f"The backend 'onnxruntime' has no setting {strange[0]!r}. It has "
-                "'provider_options', 'tokens_per_run', and the session's configuration entries, "
-                "such as 'session.intra_op.allow_spinning'."
+                "'provider_options', 'tokens_per_run', 'float_prefill_from', and the session's "
+                "configuration entries, such as 'session.intra_op.allow_spinning'."
             )
         return cls(
             threads=options.threads,
             spinning=options.spinning,
             provider_options=provider_options,
             tokens_per_run=limit,
+            float_prefill_from=from_floats,
             config={key: str(value) for key, value in extra.items()},
         )
+
+
+def _count_of(extra: dict[str, Any], name: str) -> int | None:
+    """Take a positive integer out of the settings, if it is there."""
+    value = extra.pop(name, None)
+    if value is not None and (type(value) is not int or value < 1):
+        raise ValueError(f"extra[{name!r}] must be a positive integer, not {value!r}")
+    return value
 
 
 def session_options(ort: Any, settings: Settings) -> Any:

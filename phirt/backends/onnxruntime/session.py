@@ -62,17 +62,24 @@ class OrtSession(BaseSession):
 
     def _in_runs(self, token_ids: Sequence[int], *, which: Positions) -> Logits:
         """Run the tokens, no more of them at once than the load allows."""
-        count, limit = len(token_ids), self._model.tokens_per_run
+        limit = self._model.tokens_per_run
         # Graphs choose LongRoPE's factors by the length of each run, so that the first call
         # of a long session cannot be run in parts.
         is_first_of_long = self._regime == "long" and self._length == 0
+        past = self._length
+        if which != "every" and not is_first_of_long:
+            done = self._run_in_floats(token_ids if which == "none" else token_ids[:-1])
+            past, token_ids = past + done, token_ids[done:]
+            if not token_ids:
+                return self._no_logits()
+        count = len(token_ids)
         if limit is None or count <= limit or is_first_of_long:
-            return self._step(token_ids, self._length, which=which)
+            return self._step(token_ids, past, which=which)
         parts = []
         for start in range(0, count, limit):
             part = token_ids[start : start + limit]
             wanted = "none" if which == "last" and start + limit < count else which
-            logits = self._step(part, self._length + start, which=wanted)
+            logits = self._step(part, past + start, which=wanted)
             if which == "every":
                 parts.append(logits.numpy().copy())
         return HostLogits(np.concatenate(parts)) if parts else logits
@@ -91,8 +98,15 @@ class OrtSession(BaseSession):
         except Exception as error:
             raise translate(error, f"running {count} tokens") from error
         if which == "none":
-            return HostLogits(np.empty((0, self._model.graph.vocab_size), np.float32))
+            return self._no_logits()
         return self._take_logits(in_place=in_place, every_position=which == "every")
+
+    def _no_logits(self) -> Logits:
+        return HostLogits(np.empty((0, self._model.graph.vocab_size), np.float32))
+
+    def _run_in_floats(self, token_ids: Sequence[int]) -> int:  # noqa: ARG002  # another cache can
+        """Run tokens with float activations, where the load asks for it; how many were run."""
+        return 0
 
     def _bind_inputs(self, token_ids: Sequence[int], past: int) -> None:
         graph, binding = self._model.graph, self._binding
@@ -237,6 +251,22 @@ class SharedSession(OrtSession):
         if self._bound_version != self._cache.version:
             self._cache.bind(self._binding, self._row, 1)
             self._bound_version = self._cache.version
+
+    def _run_in_floats(self, token_ids: Sequence[int]) -> int:
+        prefill = self._model.float_prefill
+        if prefill is None or len(token_ids) < prefill.least:
+            return 0
+        count, step = len(token_ids), self._model.tokens_per_run or len(token_ids)
+        self._bind_cache(self._length, count)  # makes room
+        for start in range(0, count, step):
+            part = token_ids[start : start + step]
+            try:
+                past = self._length + start
+                if not prefill.run(part, past, self._cache, self._row, self._run_options):
+                    return 0
+            except Exception as error:
+                raise translate(error, f"running {count} tokens in floats") from error
+        return count
 
     def _keep_cache(self) -> None:
         """Nothing to do: it was written in place."""

@@ -1,0 +1,39 @@
+"""What one request takes: until its first token, until the second, and from there on."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+import phirt
+
+__all__ = ["Turn", "turn"]
+
+NEW_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one request took.
+
+    Attributes:
+        first_s: Until the first token.
+        second_s: From there to the second, in which the pair's cache is handed over.
+        rate: Tokens a second from the second on.
+    """
+
+    first_s: float
+    second_s: float
+    rate: float
+
+
+def turn(model: phirt.Model, prompt_ids: list[int]) -> Turn:
+    # A runtime's idle workers may spin for a while after its turn.
+    time.sleep(0.05)
+    times = [time.perf_counter()]
+    with model.stream(prompt_ids, max_new_tokens=NEW_TOKENS, ignore_eos=True) as stream:
+        times += [time.perf_counter() for _ in stream]
+    first, second, *rest = np.diff(times).tolist()
+    return Turn(first, second, len(rest) / sum(rest))

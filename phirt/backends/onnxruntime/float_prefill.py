@@ -1,0 +1,102 @@
+"""Long prompts in float activations, on the weights of a graph that computes in 8-bit ones.
+
+MatMulNBits with ``accuracy_level`` 4 rounds the activations to 8 bits. That is what makes one
+token fast; for many at once it is slower than a product in floats on processors without
+instructions for 8-bit dot products, and less exact everywhere. With level 1 the kernel expands
+the weights to floats, once for a run, and multiplies in floats: a fixed cost, and less for each
+token. The same file serves both: what differs is one attribute of each node.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from phirt.backends.onnx_nodes import integer_fields
+from phirt.backends.onnxruntime.cache import SharedCache
+from phirt.backends.onnxruntime.graph import DecoderGraph
+
+__all__ = ["FloatPrefill", "float_graph"]
+
+_ATTRIBUTE = "accuracy_level"
+_INT8, _FLOAT32 = 4, 1
+
+
+def float_graph(path: Path) -> bytes | None:
+    """A graph with its 8-bit products made products in floats; None where it has none.
+
+    Args:
+        path: An ONNX file whose weights lie in other files.
+    """
+    data = bytearray(path.read_bytes())
+    found = False
+    for field in integer_fields(bytes(data), operator="MatMulNBits", attribute=_ATTRIBUTE):
+        if field.value == _INT8:
+            # Both are varints of one byte, so that nothing else moves.
+            data[field.start] = _FLOAT32
+            found = True
+    return bytes(data) if found else None
+
+
+class FloatPrefill:
+    """The second session on a model's files, opened when the first long prompt comes.
+
+    Args:
+        opener: Opens a serialized graph whose weights lie in a folder.
+        path: The model's graph.
+        graph: Its inputs and outputs.
+        least: How many tokens a run must have to come here.
+    """
+
+    def __init__(self, opener: Any, path: Path, graph: DecoderGraph, *, least: int) -> None:
+        self._opener = opener
+        self._path = path
+        self._graph = graph
+        self.least = least
+        self._lock = threading.Lock()
+        self._inference: Any = None
+        self._is_needless = False
+
+    def run(
+        self, token_ids: Sequence[int], past: int, cache: SharedCache, row: int, run_options: Any
+    ) -> bool:
+        """Write keys and values of tokens that follow ``past`` others into a row of a cache.
+
+        Logits are not computed: the LM head would be expanded for one row.
+
+        Returns:
+            Whether it was done; False where the graph has no 8-bit products.
+        """
+        inference = self._opened()
+        if inference is None:
+            return False
+        graph, count, total = self._graph, len(token_ids), past + len(token_ids)
+        binding = inference.io_binding()
+        cache.bind(binding, row, 1)
+        binding.bind_cpu_input(graph.input_ids, np.array(token_ids, np.int64)[None])
+        if graph.position_ids is not None:
+            binding.bind_cpu_input(graph.position_ids, np.arange(past, total, dtype=np.int64)[None])
+        if graph.attention_mask is not None:
+            binding.bind_cpu_input(graph.attention_mask, np.ones((1, total), np.int64))
+        none = self._opener.ort.OrtValue.ortvalue_from_numpy(np.array([-count], np.int64))
+        binding.bind_ortvalue_input(graph.num_logits_to_keep, none)
+        binding.bind_output(graph.logits, "cpu")
+        inference.run_with_iobinding(binding, run_options)
+        return True
+
+    def close(self) -> None:
+        """Let go of the session."""
+        self._inference = None
+
+    def _opened(self) -> Any:
+        with self._lock:
+            if self._inference is None and not self._is_needless:
+                model = float_graph(self._path)
+                self._is_needless = model is None
+                if model is not None:
+                    self._inference = self._opener(model)
+            return self._inference
