@@ -32,6 +32,11 @@ def build(arguments: argparse.Namespace) -> None:
         DeclinedError: A download is large, and nobody agreed to it.
         PhirtError: It cannot be built, or is worse than asked.
     """
+    if arguments.remove_engine is not None:
+        if (arguments.source, arguments.out, arguments.prepare_engine) != (None, None, None):
+            raise UsageError("--remove-engine does nothing else: give its NAME alone")
+        _remove(arguments)
+        return
     if arguments.prepare_engine is not None:
         if arguments.source is not None or arguments.out is not None:
             raise UsageError("--prepare-engine builds nothing: leave SOURCE and -o OUT out")
@@ -91,6 +96,22 @@ def _prepare(arguments: argparse.Namespace) -> None:
         print_json({"engine": arguments.prepare_engine, "path": str(path)})
     else:
         print(plain(f"The engine {arguments.prepare_engine} is ready in {path}"))
+
+
+def _remove(arguments: argparse.Namespace) -> None:
+    from phirt.build.engines.environments import remove_engine
+
+    name = arguments.remove_engine
+    try:
+        was_there = remove_engine(name)
+    except ValueError as error:
+        raise UsageError(" ".join(str(error).split())) from error
+    if arguments.json:
+        print_json({"engine": name, "removed": was_there})
+    elif was_there:
+        print(plain(f"The environment of {name} is removed"))
+    else:
+        print(plain(f"There is no environment of {name}"))
 
 
 def _quantization(arguments: argparse.Namespace) -> Quantization | None:

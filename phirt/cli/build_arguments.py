@@ -86,6 +86,11 @@ def add_build(commands: argparse._SubParsersAction[Any]) -> None:
         "torch==2.13.0 (on Linux, pip's newest torch brings CUDA along); may be repeated",
     )
     engine.add_argument("--force", action="store_true", help="with --prepare-engine: make it anew")
+    engine.add_argument(
+        "--remove-engine",
+        metavar="NAME",
+        help="remove the environment that --prepare-engine made, and build nothing",
+    )
     check = build.add_argument_group("check")
     check.add_argument(
         "--check",

@@ -25,6 +25,7 @@ from phirt.errors import (
     StoreError,
 )
 from phirt.models.manifest import read_manifest
+from phirt.models.store import Store
 from phirt.testing import write_tiny_checkpoint
 from phirt.types import Progress
 from tests.cli.conftest import Outcome
@@ -251,6 +252,8 @@ def test_an_argument_out_of_range_is_wrong_usage(run):
         (["tiny.gguf", "-o", "out", "--force"], "--with and --force go with --prepare-engine"),
         (["tiny.gguf", "--prepare-engine", "mlx"], "--prepare-engine builds nothing"),
         (["-o", "out", "--prepare-engine", "mlx"], "--prepare-engine builds nothing"),
+        (["tiny.gguf", "--remove-engine", "mlx"], "--remove-engine does nothing else"),
+        (["--prepare-engine", "mlx", "--remove-engine", "mlx"], "--remove-engine does nothing els"),
     ],
 )
 def test_wrong_usage_is_one_line_and_status_2(run, asked, arguments, said):
@@ -282,6 +285,19 @@ def test_an_engine_is_prepared_and_nothing_built(run, asked, monkeypatch):
     document = json.loads(run("--prepare-engine", "mlx", "--json").out)
     assert document == {"engine": "mlx", "path": str(Path("engines", "mlx"))}
     assert (given["requirements"], given["force"]) == (None, False)
+
+
+def test_an_engine_is_removed(real, tmp_path, monkeypatch):
+    monkeypatch.setenv("PHIRT_HOME", str(tmp_path / "home"))
+    folder = Store().root / "engines" / "mlx"
+    folder.mkdir(parents=True)
+    (folder / "pyvenv.cfg").write_text("")
+    assert real("--remove-engine", "mlx").out == "The environment of mlx is removed\n"
+    assert not folder.exists()
+    assert real("--remove-engine", "mlx").out == "There is no environment of mlx\n"
+    done = real("--remove-engine", "mlx", "--json")
+    assert json.loads(done.out) == {"engine": "mlx", "removed": False}
+    assert "olive" in real("--remove-engine", "olive").err
 
 
 def test_an_engine_that_there_is_not(real):
