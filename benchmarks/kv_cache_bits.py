@@ -1,9 +1,13 @@
-"""What a KV cache in 8 bits would give on onnxruntime's CPU: one attention node, in both ways.
+"""What a KV cache in 8 bits would give and cost on onnxruntime's CPU.
 
     python -m benchmarks.kv_cache_bits [--context 4000]
 
-The node is that of the default model (9 query heads on 3 of keys and values, 64 wide), with
-random keys and values; scales are the largest value by 127. Both sides take turns.
+What it gives: one attention node in both ways, taking turns. The node is that of the default
+model (9 query heads on 3 of keys and values, 64 wide), with random keys and values; scales are
+the largest value by 127.
+
+What it costs: the default model in fp32 goes on with a text from a cache whose keys and values
+were rounded, with scales that were found on another part of the text.
 """
 
 from __future__ import annotations
@@ -12,14 +16,22 @@ import argparse
 import os
 import statistics
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnxruntime
 from onnx import TensorProto, helper
 
+import phirt
+from benchmarks.precision_table import TEXT
+from phirt.protocols import KVCache
+from phirt.quality.divergence import compare_rows
+from phirt.types import FloatArray
+
 HEADS, KV_HEADS, WIDTH = 9, 3, 64
 ROUNDS = 200
+CALIBRATED, FORCED = 700, 100
 
 
 def graph(capacity: int, quantized: str | None) -> bytes:
@@ -112,6 +124,57 @@ class Side:
         return self._binding.get_outputs()[0].numpy()
 
 
+def rounded(cache: KVCache, seen: KVCache, kind: str) -> KVCache:
+    """A cache in 8 bits, with scales of one that was seen before."""
+    axes = None if kind == "PER_TENSOR" else 1
+
+    def one(values: FloatArray, others: FloatArray) -> FloatArray:
+        largest = np.abs(others).max(axis=axes, keepdims=axes is not None)
+        scale = np.maximum(largest / np.float32(127), np.float32(1e-6))
+        stored = np.clip(np.rint(values / scale), -128, 127)
+        found: FloatArray = (stored * scale).astype(np.float32)
+        return found
+
+    layers = [
+        replace(layer, key=one(layer.key, other.key), value=one(layer.value, other.value))
+        for layer, other in zip(cache.layers, seen.layers, strict=True)
+    ]
+    return replace(cache, layers=tuple(layers))
+
+
+def cost() -> None:
+    """Print the divergence that rounded keys and values cause."""
+    with phirt.load(backend="onnxruntime", precision="fp32", prefix_cache_bytes=0) as model:
+        ids = model.encode(TEXT.read_text(encoding="utf-8"))
+
+        def prefilled(part: list[int]) -> KVCache:
+            session = model.loaded.new_session(max_length=2048, expected_length=len(part))
+            session.prefill(part, needs_logits=False)
+            cache = session.export_kv()
+            session.close()
+            return cache
+
+        def rows(cache: KVCache) -> FloatArray:
+            session = model.loaded.new_session(max_length=2048, expected_length=2048)
+            session.import_kv(cache)
+            found = [session.decode(token).numpy()[0].copy() for token in forced[:-1]]
+            session.close()
+            return np.stack(found)
+
+        seen = prefilled(ids[:CALIBRATED])
+        forced = ids[-FORCED - 1 :]
+        cache = prefilled(ids[CALIBRATED : -FORCED - 1])
+        expected = rows(cache)
+        for kind in ("PER_TENSOR", "PER_CHANNEL"):
+            compared = compare_rows(
+                expected, rows(rounded(cache, seen, kind)), np.array(forced[1:])
+            )
+            print(
+                f"{kind}: mean KL {compared.kl.mean():.5f}, largest {compared.kl.max():.4f}, over "
+                f"{FORCED} positions after {cache.length:,} tokens"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--context", type=int, default=4000)
@@ -130,6 +193,8 @@ def main() -> None:
             f"| int8, {kind} | {1e6 * statistics.median(side.seconds):.0f} | {ratio:.2f} times as "
             f"fast | {error:.1%} |"
         )
+    print()
+    cost()
 
 
 if __name__ == "__main__":
