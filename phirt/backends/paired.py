@@ -164,6 +164,8 @@ class PairedSession(BaseSession):
         return session.prefill(token_ids)
 
     def _append_only(self, token_ids: Sequence[int]) -> Logits:
+        if len(token_ids) == 1:
+            return self._append(token_ids, every_position=False)
         session = self._session_on(self._model_for(len(token_ids), every_position=False))
         return session.prefill(token_ids, needs_logits=False)
 

@@ -33,7 +33,8 @@ def build(arguments: argparse.Namespace) -> None:
         PhirtError: It cannot be built, or is worse than asked.
     """
     if arguments.remove_engine is not None:
-        if (arguments.source, arguments.out, arguments.prepare_engine) != (None, None, None):
+        others = (arguments.source, arguments.out, arguments.prepare_engine)
+        if any(each is not None for each in others) or arguments.requirements or arguments.force:
             raise UsageError("--remove-engine does nothing else: give its NAME alone")
         _remove(arguments)
         return

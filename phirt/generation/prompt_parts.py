@@ -20,6 +20,9 @@ _FIRST = 4
 _RECENT = 0.3
 """Weight of the newest part in the averages."""
 
+_MOST = 3.0
+"""How many times what recent parts took a part may count as."""
+
 _TELLING = 0.25
 """Variance of the lengths, in tokens squared, from which on they tell what a token costs."""
 
@@ -56,7 +59,13 @@ class PromptParts:
 
     def took(self, count: int, seconds: float) -> None:
         """A part of so many tokens took so long."""
-        weight = _RECENT if self._length else 1.0
+        if count < _SMALLEST or seconds <= 0:
+            return  # of another kernel, or of a clock that did not tick
+        weight = 1.0
+        if self._length:
+            weight = _RECENT
+            # One stall, of whatever else the machine does, would make many parts short.
+            seconds = min(seconds, _MOST * self._time * max(1.0, count / self._length))
         self._length += weight * (count - self._length)
         self._time += weight * (seconds - self._time)
         self._squares += weight * (count * count - self._squares)

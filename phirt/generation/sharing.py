@@ -90,15 +90,18 @@ class SharedModel:
         self.is_closed = True
         self.rows.close_if_empty()
 
-    def part_of(self, remaining: int) -> int:
+    def part_of(self, remaining: int) -> tuple[int, bool]:
         """How many tokens of a prompt run at once, that the sequences beside it keep moving.
 
         Args:
             remaining: Tokens that are left of it.
+
+        Returns:
+            The tokens, and whether there are such sequences.
         """
         if not self.turns.others_step:
-            return remaining
-        return self.parts.size(remaining, step_s=self.turns.step_s)
+            return remaining, False
+        return self.parts.size(remaining, step_s=self.turns.step_s), True
 
     def _run_step(self, steps: Sequence[Step[SharedSession]]) -> None:
         if len(steps) == 1:
@@ -165,9 +168,12 @@ class SharedSession:
         # The first call of a session in the long rotary regime cannot be run in parts.
         first = self._shared.info.first_call(self.max_length) if self.inner.length == 0 else 1
         while True:
-            size = min(max(self._shared.part_of(len(rest)), first), len(rest))
+            wanted, is_part = self._shared.part_of(len(rest))
+            size = min(max(wanted, first), len(rest))
             part, rest, first = rest[:size], rest[size:], 1
-            call = partial(self._prefill, part, needs_logits=needs_logits and not rest)
+            call = partial(
+                self._prefill, part, needs_logits=needs_logits and not rest, is_part=is_part
+            )
             logits = self._shared.turns.alone(self, call)
             if not rest:
                 return logits
@@ -229,8 +235,7 @@ class SharedSession:
         if self._shared.is_closed:
             self._shared.rows.close_if_empty()
 
-    def _prefill(self, token_ids: Sequence[int], *, needs_logits: bool) -> Logits:
-        is_part = self._shared.turns.others_step
+    def _prefill(self, token_ids: Sequence[int], *, needs_logits: bool, is_part: bool) -> Logits:
         started = time.perf_counter()
         logits = self.inner.prefill(token_ids, needs_logits=needs_logits)
         if is_part:

@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 
-from phirt.backends.onnxruntime import OnnxRuntimeBackend
+from phirt.backends.onnxruntime import OnnxRuntimeBackend, cache
 from phirt.backends.onnxruntime.adapter import OrtModel
 from phirt.backends.onnxruntime.float_prefill import float_graph
 from phirt.build.convert import convert
@@ -114,6 +114,24 @@ def test_runs_of_few_tokens(folders, in_floats):
     model = load(folders["llama-int8"], float_prefill_from=LEAST, tokens_per_run=7)
     ids = random_ids(48)
     assert np.abs(keys_of(model, ids) - keys_of(load(in_floats), ids)).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    "extra", [{"float_prefill_from": LEAST}, {"tokens_per_run": 7}, {}], ids=str
+)
+@pytest.mark.parametrize("parts", [(33,), (20, 13), (10, 39, 1, 30)])
+def test_a_buffer_that_grows_within_a_call(folders, monkeypatch, extra, parts):
+    """One more token than there is room for, and what was there before is kept."""
+    monkeypatch.setattr(cache, "_BUCKET", 16)
+    ids = random_ids(sum(parts))
+    model = load(folders["llama-int8"], **extra)
+    rows = []
+    for expected_length in (0, 96):
+        session = model.new_session(max_length=96, expected_length=expected_length)
+        for part in np.split(np.array(ids), np.cumsum(parts)[:-1]):
+            logits = session.prefill(part.tolist())
+        rows.append(logits.numpy())
+    assert np.abs(rows[0] - rows[1]).max() < 1e-4
 
 
 def test_a_long_session_that_begins(folders):

@@ -252,6 +252,7 @@ def test_an_argument_out_of_range_is_wrong_usage(run):
         (["tiny.gguf", "-o", "out", "--force"], "--with and --force go with --prepare-engine"),
         (["tiny.gguf", "--prepare-engine", "mlx"], "--prepare-engine builds nothing"),
         (["-o", "out", "--prepare-engine", "mlx"], "--prepare-engine builds nothing"),
+        (["--force", "--remove-engine", "mlx"], "--remove-engine does nothing else"),
         (["tiny.gguf", "--remove-engine", "mlx"], "--remove-engine does nothing else"),
         (["--prepare-engine", "mlx", "--remove-engine", "mlx"], "--remove-engine does nothing els"),
     ],

@@ -34,6 +34,31 @@ def test_a_slower_step_allows_longer_parts():
     assert settled(fixed_s=0.01, token_s=0.001, step_s=0.05) == pytest.approx(65, abs=2)
 
 
+def test_a_clock_that_does_not_tick():
+    parts = PromptParts()
+    for _ in range(5):
+        parts.took(parts.size(1000, step_s=0.0), 0.0)
+    assert parts.size(1000, step_s=0.0) == 4
+
+
+def test_one_stall_is_soon_forgotten():
+    parts = PromptParts()
+    for _ in range(40):
+        size = parts.size(10_000, step_s=0.02)
+        parts.took(size, 0.01 + 0.001 * size)
+    parts.took(size, 1.0)
+    for _ in range(6):
+        size = parts.size(10_000, step_s=0.02)
+        parts.took(size, 0.01 + 0.001 * size)
+    assert parts.size(10_000, step_s=0.02) >= 10
+
+
+def test_single_tokens_do_not_count():
+    parts = PromptParts()
+    parts.took(1, 5.0)
+    assert parts.size(1000, step_s=0.02) == 4
+
+
 def test_no_rest_of_one():
     parts = PromptParts()
     assert parts.size(5, step_s=0.02) == 5

@@ -158,7 +158,8 @@ class TestNewcomers:
         newcomer = loop_of(shared, [7] * 200, max_new_tokens=1)
         found = tokens(newcomer)
         passed = running.usage.completion_tokens - before
-        parts = [count for kind, count in model.calls if kind == "run" and count > 3]
+        parts = [count for kind, count in model.calls if kind == "run" and count > 1]
+        parts.remove(3)  # the other's prompt
         running.cancel()
         thread.join(20)
         assert found == tokens(loop_of(pooled(delay=0.0), [7] * 200, max_new_tokens=1))

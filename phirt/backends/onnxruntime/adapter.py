@@ -20,7 +20,7 @@ from phirt.backends.execution import InTurn, Parallel
 from phirt.backends.importing import import_runtime, unavailable
 from phirt.backends.onnx_nodes import read_nodes, supported_context
 from phirt.backends.onnxruntime.errors import translate_load
-from phirt.backends.onnxruntime.float_prefill import FloatPrefill
+from phirt.backends.onnxruntime.float_prefill import FloatPrefill, float_graph
 from phirt.backends.onnxruntime.graph import describe_graph
 from phirt.backends.onnxruntime.libraries import check_opened, open_libraries
 from phirt.backends.onnxruntime.listing import list_devices
@@ -160,6 +160,7 @@ class OrtModel(BaseModel):
         )
         self.least_capacity = nodes.least_capacity
         self.shares_buffer = provider.shares_buffer and _shares_buffer(folder)
+        self._is_genai = folder.decoder is not None
         self.float_prefill = self._float_prefill(settings, path)
         facts = folder.facts
         if self.least_capacity and not self.shares_buffer:
@@ -197,11 +198,13 @@ class OrtModel(BaseModel):
 
     @property
     def can_skip_logits(self) -> bool:
-        """Whether a run may leave the LM head out.
+        """Whether a run may leave the LM head out: on phirt's own graphs on the CPU.
 
-        Nobody has tried what kernels of other providers make of a product of no rows.
+        Nobody has tried what kernels of other providers make of a product of no rows, nor what
+        comes behind the LM head in other graphs.
         """
-        return self.graph.num_logits_to_keep is not None and self.memory.on_host
+        is_own = self.graph.num_logits_to_keep is not None and self._is_genai
+        return is_own and self._provider.is_cpu
 
     @cached_property
     def selection(self) -> Any:
@@ -228,9 +231,13 @@ class OrtModel(BaseModel):
         if not (self.can_skip_logits and self.shares_buffer):
             raise ValueError(
                 "extra['float_prefill_from'] is for graphs of phirt's own on the CPU: this one "
-                "has another cache, computes all logits, or runs elsewhere. Load without it."
+                "has another cache, does not say which logits to compute, or runs elsewhere. Load "
+                "without it."
             )
-        return FloatPrefill(self._open, path, self.graph, least=least)
+        model = float_graph(path)
+        if model is None:  # its activations are not rounded anyway
+            return None
+        return FloatPrefill(self.ort, self._open(model), self.graph, least=least)
 
     def _unload(self) -> None:
         self.inference = None

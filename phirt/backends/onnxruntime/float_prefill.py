@@ -9,7 +9,6 @@ token. The same file serves both: what differs is one attribute of each node.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,60 +42,49 @@ def float_graph(path: Path) -> bytes | None:
 
 
 class FloatPrefill:
-    """The second session on a model's files, opened when the first long prompt comes.
+    """The second session on a model's files.
 
     Args:
-        opener: Opens a serialized graph whose weights lie in a folder.
-        path: The model's graph.
+        ort: The onnxruntime module.
+        inference: The session, of what `float_graph` has made.
         graph: Its inputs and outputs.
         least: How many tokens a run must have to come here.
     """
 
-    def __init__(self, opener: Any, path: Path, graph: DecoderGraph, *, least: int) -> None:
-        self._opener = opener
-        self._path = path
+    def __init__(self, ort: Any, inference: Any, graph: DecoderGraph, *, least: int) -> None:
+        self._ort = ort
+        self._inference = inference
         self._graph = graph
         self.least = least
-        self._lock = threading.Lock()
-        self._inference: Any = None
-        self._is_needless = False
 
     def run(
         self, token_ids: Sequence[int], past: int, cache: SharedCache, row: int, run_options: Any
-    ) -> bool:
+    ) -> None:
         """Write keys and values of tokens that follow ``past`` others into a row of a cache.
 
         Logits are not computed: the LM head would be expanded for one row.
 
-        Returns:
-            Whether it was done; False where the graph has no 8-bit products.
+        Args:
+            token_ids: The tokens.
+            past: How many tokens the row holds.
+            cache: The cache, with room for all of them.
+            row: The row.
+            run_options: onnxruntime's.
         """
-        inference = self._opened()
-        if inference is None:
-            return False
         graph, count, total = self._graph, len(token_ids), past + len(token_ids)
-        binding = inference.io_binding()
+        binding = self._inference.io_binding()
         cache.bind(binding, row, 1)
         binding.bind_cpu_input(graph.input_ids, np.array(token_ids, np.int64)[None])
         if graph.position_ids is not None:
             binding.bind_cpu_input(graph.position_ids, np.arange(past, total, dtype=np.int64)[None])
         if graph.attention_mask is not None:
             binding.bind_cpu_input(graph.attention_mask, np.ones((1, total), np.int64))
-        none = self._opener.ort.OrtValue.ortvalue_from_numpy(np.array([-count], np.int64))
+        # Counted from the end, from +count on: nothing.
+        none = self._ort.OrtValue.ortvalue_from_numpy(np.array([-count], np.int64))
         binding.bind_ortvalue_input(graph.num_logits_to_keep, none)
         binding.bind_output(graph.logits, "cpu")
-        inference.run_with_iobinding(binding, run_options)
-        return True
+        self._inference.run_with_iobinding(binding, run_options)
 
     def close(self) -> None:
         """Let go of the session."""
         self._inference = None
-
-    def _opened(self) -> Any:
-        with self._lock:
-            if self._inference is None and not self._is_needless:
-                model = float_graph(self._path)
-                self._is_needless = model is None
-                if model is not None:
-                    self._inference = self._opener(model)
-            return self._inference

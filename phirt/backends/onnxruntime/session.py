@@ -66,6 +66,8 @@ class OrtSession(BaseSession):
         # Graphs choose LongRoPE's factors by the length of each run, so that the first call
         # of a long session cannot be run in parts.
         is_first_of_long = self._regime == "long" and self._length == 0
+        # For all runs at once: what grows between two of them takes over what was there before.
+        self._make_room(len(token_ids))
         past = self._length
         if which != "every" and not is_first_of_long:
             done = self._run_in_floats(token_ids if which == "none" else token_ids[:-1])
@@ -100,6 +102,9 @@ class OrtSession(BaseSession):
         if which == "none":
             return self._no_logits()
         return self._take_logits(in_place=in_place, every_position=which == "every")
+
+    def _make_room(self, count: int) -> None:
+        """Have room for so many tokens more."""
 
     def _no_logits(self) -> Logits:
         return HostLogits(np.empty((0, self._model.graph.vocab_size), np.float32))
@@ -252,18 +257,20 @@ class SharedSession(OrtSession):
             self._cache.bind(self._binding, self._row, 1)
             self._bound_version = self._cache.version
 
+    def _make_room(self, count: int) -> None:
+        if self._length + count > self._cache.capacity:
+            self._reserve(self._length + count)
+
     def _run_in_floats(self, token_ids: Sequence[int]) -> int:
         prefill = self._model.float_prefill
         if prefill is None or len(token_ids) < prefill.least:
             return 0
         count, step = len(token_ids), self._model.tokens_per_run or len(token_ids)
-        self._bind_cache(self._length, count)  # makes room
         for start in range(0, count, step):
             part = token_ids[start : start + step]
             try:
                 past = self._length + start
-                if not prefill.run(part, past, self._cache, self._row, self._run_options):
-                    return 0
+                prefill.run(part, past, self._cache, self._row, self._run_options)
             except Exception as error:
                 raise translate(error, f"running {count} tokens in floats") from error
         return count
