@@ -1,4 +1,4 @@
-"""What one request takes: until its first token, until the second, and from there on."""
+"""What one request takes and says: until its first token, until the second, and from there on."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 
 import phirt
+from phirt.types import FloatArray
 
-__all__ = ["Turn", "turn"]
+__all__ = ["Turn", "forced", "turn"]
 
 NEW_TOKENS = 32
 
@@ -37,3 +38,17 @@ def turn(model: phirt.Model, prompt_ids: list[int]) -> Turn:
         times += [time.perf_counter() for _ in stream]
     first, second, *rest = np.diff(times).tolist()
     return Turn(first, second, len(rest) / sum(rest))
+
+
+def forced(model: phirt.Model, token_ids: list[int], prompt_tokens: int) -> FloatArray:
+    """Logits of the positions after the prompt, each given the text so far, (n, vocab)."""
+    count = len(token_ids)
+    session = model.loaded.new_session(max_length=count, expected_length=count)
+    try:
+        half = prompt_tokens // 2
+        session.prefill(token_ids[:half])
+        session.prefill(token_ids[half:prompt_tokens])
+        rows = [session.decode(token).numpy()[0].copy() for token in token_ids[prompt_tokens:-1]]
+    finally:
+        session.close()
+    return np.stack(rows)

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 
 import phirt
-from benchmarks.first_token import Turn, turn
+from benchmarks.first_token import Turn, forced, turn
 from benchmarks.precision_table import TEXT
 from phirt.quality.divergence import Rows, compare_rows
-from phirt.types import FloatArray
 
 PROMPT_TOKENS = 1000
 FORCED = 200
@@ -91,24 +90,14 @@ def _two(each: Turn) -> float:
     return each.first_s + each.second_s
 
 
-def forced(model: phirt.Model, token_ids: list[int]) -> FloatArray:
-    """Logits of the positions after the prompt, each given the text so far, (n, vocab)."""
-    count = len(token_ids)
-    session = model.loaded.new_session(max_length=count, expected_length=count)
-    try:
-        half = PROMPT_TOKENS // 2
-        session.prefill(token_ids[:half])
-        session.prefill(token_ids[half:PROMPT_TOKENS])
-        rows = [session.decode(token).numpy()[0].copy() for token in token_ids[PROMPT_TOKENS:-1]]
-    finally:
-        session.close()
-    return np.stack(rows)
-
-
 def test_distance(benchmark, models, token_ids):
     """Of what the decoder says on the other's cache from what it says on its own."""
-    found = {name: forced(model, token_ids) for name, model in models.items() if name != PAIR}
-    found[PAIR] = benchmark.pedantic(lambda: forced(models[PAIR], token_ids))
+    found = {
+        name: forced(model, token_ids, PROMPT_TOKENS)
+        for name, model in models.items()
+        if name != PAIR
+    }
+    found[PAIR] = benchmark.pedantic(lambda: forced(models[PAIR], token_ids, PROMPT_TOKENS))
     targets = np.array(token_ids[PROMPT_TOKENS + 1 :])
     for name in (PAIR, PREFILL):
         rows = compare_rows(found[DECODE], found[name], targets)

@@ -6,14 +6,17 @@ import statistics
 from collections.abc import Iterator
 from contextlib import ExitStack
 
+import numpy as np
 import pytest
 
 import phirt
-from benchmarks.first_token import Turn, turn
+from benchmarks.first_token import Turn, forced, turn
 from benchmarks.precision_table import TEXT
+from phirt.quality.divergence import compare_rows
 
 PROMPT_TOKENS = 1000
 ROUNDS = 5
+FORCED = 100
 AS_IT_IS, FLOATS, FP32 = "as it is", "float activations", "fp32"
 
 
@@ -72,4 +75,19 @@ def test_first_token_and_decode(benchmark, models):
             f"{precision} with float activations against {rival}: first token "
             f"{statistics.median(first):.2f} times as fast (rounds from {min(first):.2f} to "
             f"{max(first):.2f}), decode {statistics.median(rate):.2f}"
+        )
+
+
+def test_distance(benchmark, models):
+    """Of what is said after the prompt from what fp32 says, each on its own cache."""
+    tokens = PROMPT_TOKENS if benchmark.enabled else 200
+    ids = models[FP32].encode(TEXT.read_text(encoding="utf-8"))[: tokens + FORCED]
+    expected = forced(models[FP32], ids, tokens)
+    found = {AS_IT_IS: forced(models[AS_IT_IS], ids, tokens)}
+    found[FLOATS] = benchmark.pedantic(lambda: forced(models[FLOATS], ids, tokens))
+    for name, rows in found.items():
+        compared = compare_rows(expected, rows, np.array(ids[tokens + 1 :]))
+        print(
+            f"\n{models[name].precision}, {name}, {len(rows)} positions after {tokens:,} tokens: "
+            f"mean KL to fp32 {compared.kl.mean():.5f}, largest {compared.kl.max():.4f}"
         )
