@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 import phirt
 from phirt.types import FloatArray
 
-__all__ = ["Turn", "forced", "turn"]
+__all__ = ["Turn", "forced", "take_turns"]
 
 NEW_TOKENS = 32
 
@@ -30,7 +32,40 @@ class Turn:
     rate: float
 
 
-def turn(model: phirt.Model, prompt_ids: list[int]) -> Turn:
+def take_turns(
+    benchmark: Any,
+    models: Mapping[str, phirt.Model],
+    prompt_ids: list[int],
+    *,
+    measured: str,
+    rounds: int,
+) -> dict[str, list[Turn]]:
+    """What the same request takes on each model, round by round, after one that does not count.
+
+    Args:
+        benchmark: pytest-benchmark's fixture; it records one of the models.
+        models: By name.
+        prompt_ids: The prompt.
+        measured: The name of the one that is recorded; it goes last in each round.
+        rounds: Rounds that count.
+    """
+    turns: dict[str, list[Turn]] = {name: [] for name in models}
+
+    def take(name: str) -> None:
+        turns[name].append(_turn(models[name], prompt_ids))
+
+    def others() -> None:
+        for name in models:
+            if name != measured:
+                take(name)
+
+    benchmark.pedantic(lambda: take(measured), setup=others, rounds=rounds, warmup_rounds=1)
+    # pytest-benchmark runs nothing but the one call where it is disabled.
+    skip = 1 if len(turns[measured]) > 1 else 0
+    return {name: found[skip : len(turns[measured])] for name, found in turns.items()}
+
+
+def _turn(model: phirt.Model, prompt_ids: list[int]) -> Turn:
     # A runtime's idle workers may spin for a while after its turn.
     time.sleep(0.05)
     times = [time.perf_counter()]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import phirt
-from benchmarks.first_token import Turn, forced, turn
+from benchmarks.first_token import Turn, forced, take_turns
 from benchmarks.precision_table import TEXT
 from phirt.quality.divergence import Rows, compare_rows
 
@@ -41,24 +41,7 @@ def token_ids(models: dict[str, phirt.Model]) -> list[int]:
 def test_first_token_and_decode(benchmark, models, token_ids):
     """The three take turns; ratios are of each round, and of those the median."""
     prompt_ids = token_ids[:PROMPT_TOKENS]
-    turns: dict[str, list[Turn]] = {name: [] for name in models}
-
-    def take(name: str) -> None:
-        turns[name].append(turn(models[name], prompt_ids))
-
-    def others() -> None:
-        take(PREFILL)
-        take(DECODE)
-
-    benchmark.pedantic(
-        lambda: take(PAIR),
-        setup=others,
-        rounds=ROUNDS,
-        warmup_rounds=1,
-    )
-    # pytest-benchmark runs nothing but the one call where it is disabled.
-    skip = 1 if len(turns[PAIR]) > 1 else 0
-    counted = {name: found[skip : len(turns[PAIR])] for name, found in turns.items()}
+    counted = take_turns(benchmark, models, prompt_ids, measured=PAIR, rounds=ROUNDS)
     for name, found in counted.items():
         first, second, rate = (
             statistics.median(getattr(each, field) for each in found)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import phirt
-from benchmarks.first_token import Turn, forced, turn
+from benchmarks.first_token import forced, take_turns
 from benchmarks.precision_table import TEXT
 from phirt.quality.divergence import compare_rows
 
@@ -42,24 +42,7 @@ def test_first_token_and_decode(benchmark, models):
     """The three take turns; ratios are of each round, and of those the median."""
     tokens = PROMPT_TOKENS if benchmark.enabled else 120
     prompt_ids = models[FP32].encode(TEXT.read_text(encoding="utf-8"))[:tokens]
-    turns: dict[str, list[Turn]] = {name: [] for name in models}
-
-    def take(name: str) -> None:
-        turns[name].append(turn(models[name], prompt_ids))
-
-    def others() -> None:
-        take(AS_IT_IS)
-        take(FP32)
-
-    benchmark.pedantic(
-        lambda: take(FLOATS),
-        setup=others,
-        rounds=ROUNDS,
-        warmup_rounds=1,
-    )
-    # pytest-benchmark runs nothing but the one call where it is disabled.
-    skip = 1 if len(turns[FLOATS]) > 1 else 0
-    counted = {name: found[skip : len(turns[FLOATS])] for name, found in turns.items()}
+    counted = take_turns(benchmark, models, prompt_ids, measured=FLOATS, rounds=ROUNDS)
     precision = models[FLOATS].precision
     for name, found in counted.items():
         first, rate = (

@@ -2,9 +2,9 @@
 
 MatMulNBits with ``accuracy_level`` 4 rounds the activations to 8 bits. That is what makes one
 token fast; for many at once it is slower than a product in floats on processors without
-instructions for 8-bit dot products, and less exact everywhere. With level 1 the kernel expands
-the weights to floats, once for a run, and multiplies in floats: a fixed cost, and less for each
-token. The same file serves both: what differs is one attribute of each node.
+instructions for 8-bit dot products. With level 1 the kernel expands the weights to floats, once
+for a run, and multiplies in floats: a fixed cost, and less for each token. The same file serves
+both: what differs is one attribute of each node.
 """
 
 from __future__ import annotations

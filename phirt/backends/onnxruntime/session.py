@@ -62,6 +62,8 @@ class OrtSession(BaseSession):
 
     def _in_runs(self, token_ids: Sequence[int], *, which: Positions) -> Logits:
         """Run the tokens, no more of them at once than the load allows."""
+        if len(token_ids) == 1:
+            return self._step(token_ids, self._length, which=which)
         limit = self._model.tokens_per_run
         # Graphs choose LongRoPE's factors by the length of each run, so that the first call
         # of a long session cannot be run in parts.
