@@ -40,6 +40,7 @@ def load(
     optimize: Optimize = "latency",
     threads: int | None = None,
     spinning: bool | None = None,
+    kv_precision: str = "auto",
     options: Mapping[str, Any] | None = None,
     offline: bool = False,
     prefix_cache_bytes: int | None = None,
@@ -74,6 +75,9 @@ def load(
         spinning: Whether idle threads spin while they wait for work: True is best on a
             machine that does nothing else, False on a busy one; None for what was measured
             best, or else a brief spin, which costs little on either.
+        kv_precision: How keys and values are kept: ``"fp32"``, ``"fp16"`` or ``"int8"``, on the
+            backends that can; ``"auto"`` is what a backend does by itself. See
+            docs/kv-precision.md.
         options: Settings of one runtime, by the names that the page of its backend gives;
             they need a named ``backend``.
         offline: Never touch the network; so does the environment variable
@@ -110,7 +114,9 @@ def load(
     from phirt.dispatch.select import PlanLoader
     from phirt.planning import check_settings, name_of, prepare
 
-    check_settings(model, precision=precision, context=context, optimize=optimize)
+    check_settings(
+        model, precision=precision, context=context, optimize=optimize, kv_precision=kv_precision
+    )
     _check_threads(threads, spinning)
     check_capacity(prefix_cache_bytes)
     if options is not None and not isinstance(options, Mapping):
@@ -132,6 +138,7 @@ def load(
             options=options,
             failover=failover,
             tune=tune,
+            kv_precision=kv_precision,
         )
         prepare_part = preparer(
             model,
@@ -154,6 +161,7 @@ def load(
         backend=backend,
         precision=precision,
         optimize=optimize,
+        kv_precision=kv_precision,
     )
 
     def planned() -> Prepared:
@@ -179,7 +187,12 @@ def load(
     loader = PlanLoader(
         machine,
         find_folder,
-        LoadOptions(threads=threads, spinning=spinning, extra=dict(options or {})),
+        LoadOptions(
+            threads=threads,
+            spinning=spinning,
+            kv_precision=None if kv_precision == "auto" else kv_precision,
+            extra=dict(options or {}),
+        ),
         try_first=try_first,
         refusals=prepared.refusals,
     )

@@ -135,6 +135,11 @@ class Model:
         return self._folder.artifact.precision
 
     @property
+    def kv_precision(self) -> str:
+        """What its KV cache was asked for in; ``"auto"`` for what its backend does by itself."""
+        return self.plan.kv_precision
+
+    @property
     def context_length(self) -> int:
         """Most tokens that prompt and output may have together."""
         return self._loaded.info.context_length

@@ -50,6 +50,7 @@ def check_pair(
     options: Mapping[str, Any] | None,
     failover: bool,
     tune: bool,
+    kv_precision: str = "auto",
 ) -> tuple[Part, Part]:
     """What ``prefill`` and ``decode`` name; what cannot be meant is refused.
 
@@ -61,6 +62,7 @@ def check_pair(
         options: None or empty.
         failover: False.
         tune: False.
+        kv_precision: ``"auto"``.
 
     Raises:
         UnknownBackendError: There is no such backend.
@@ -79,6 +81,7 @@ def check_pair(
         raise ValueError(f"{both} are the same. Pass backend={parts[0].backend!r} instead.")
     for name, value, advice in (
         ("backend", backend, "these name the backends: leave one or the other out"),
+        ("kv_precision", kv_precision, "each of the two keeps its cache as it does by itself"),
         ("device", device, f'name it behind its backend: prefill="{parts[0].backend}:{device}"'),
     ):
         if value != "auto":

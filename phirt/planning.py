@@ -24,7 +24,7 @@ from phirt.errors import (
 )
 from phirt.forms import Forms
 from phirt.models.catalog import DEFAULT_MODEL
-from phirt.protocols import Accept, Reject
+from phirt.protocols import KV_PRECISIONS, Accept, Reject
 from phirt.types import Artifact, Optimize, ProgressCallback
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ def plan(
     precision: str = "auto",
     context: int | None = None,
     optimize: Optimize = "latency",
+    kv_precision: str = "auto",
     offline: bool = False,
 ) -> Plan:
     """Say what `phirt.load` would do with a model, and why. Nothing is fetched or converted.
@@ -63,6 +64,7 @@ def plan(
         optimize: What the choice is for: ``"latency"`` (one answer to a prompt of ordinary
             length), ``"prefill"`` (long prompts, short answers) or ``"throughput"`` (tokens a
             second of many requests at once). It counts where speeds were measured.
+        kv_precision: As for `phirt.load`.
         offline: As for `phirt.load`.
 
     Raises:
@@ -79,6 +81,7 @@ def plan(
         precision=precision,
         context=context,
         optimize=optimize,
+        kv_precision=kv_precision,
         offline=offline,
     ).plan
 
@@ -93,6 +96,7 @@ def plan_on(
     context: int | None,
     optimize: Optimize,
     offline: bool,
+    kv_precision: str = "auto",
     progress: ProgressCallback | None = None,
 ) -> Prepared:
     """`plan`, on this machine or on that of a record, and what it was made of.
@@ -105,10 +109,13 @@ def plan_on(
         precision: A precision.
         context: Tokens.
         optimize: A workload.
+        kv_precision: One of a KV cache.
         offline: Never touch the network.
         progress: Called where a form of the model is converted later on.
     """
-    check_settings(model, precision=precision, context=context, optimize=optimize)
+    check_settings(
+        model, precision=precision, context=context, optimize=optimize, kv_precision=kv_precision
+    )
     check_backend(backend)
     DeviceName.parse(device)
     prepared = prepare(
@@ -120,6 +127,7 @@ def plan_on(
             backend=backend,
             precision=precision,
             optimize=optimize,
+            kv_precision=kv_precision,
         ),
         context=context,
         offline=offline,
@@ -199,7 +207,12 @@ def name_of(model: str | Path | None) -> str:
 
 
 def check_settings(
-    model: object, *, precision: str, context: object = None, optimize: object = "latency"
+    model: object,
+    *,
+    precision: str,
+    context: object = None,
+    optimize: object = "latency",
+    kv_precision: object = "auto",
 ) -> None:
     """Refuse what cannot be meant.
 
@@ -211,6 +224,9 @@ def check_settings(
         raise TypeError(f"model must be a name or a path, not {type(model).__name__}")
     if optimize not in _OPTIMIZE:
         raise ValueError(f"optimize={optimize!r} is not one of {', '.join(_OPTIMIZE)}")
+    if kv_precision not in ("auto", *KV_PRECISIONS):
+        names = ", ".join(KV_PRECISIONS)
+        raise ValueError(f"kv_precision={kv_precision!r} is not auto or one of {names}")
     if context is not None:
         if isinstance(context, bool) or not isinstance(context, int):
             raise TypeError(f"context must be an int or None, not {context!r}")

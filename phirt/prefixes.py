@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from phirt.devices.memory import read_memory
 from phirt.generation.prefix import PrefixCache
+from phirt.protocols import KV_PRECISIONS
 
 if TYPE_CHECKING:
     from phirt.dispatch.select import Selection
@@ -42,6 +43,8 @@ def new_prefix_cache(selection: Selection, capacity_bytes: int | None) -> Prefix
             an eighth of the memory that is free where the model is.
     """
     token = bytes_per_token(selection.folder)
+    asked = KV_PRECISIONS.get(selection.plan.kv_precision, _BYTES_PER_VALUE)
+    token = token * asked // _BYTES_PER_VALUE
     if capacity_bytes is None:
         chosen = selection.plan.chosen
         need = None if chosen is None else chosen.memory
@@ -55,6 +58,6 @@ def new_prefix_cache(selection: Selection, capacity_bytes: int | None) -> Prefix
 
 
 def bytes_per_token(folder: ModelFolder) -> int:
-    """Most bytes that the keys and values of a token take in all layers."""
+    """Most bytes that the keys and values of a token take in all layers, in float32."""
     facts = folder.facts
     return 2 * facts.num_layers * facts.num_kv_heads * facts.head_size * _BYTES_PER_VALUE

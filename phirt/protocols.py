@@ -10,12 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Protocol, TypeAlias
 
 from phirt.types import Artifact, Availability, FloatArray, IntArray
 
 __all__ = [
     "CAPABILITIES",
+    "KV_PRECISIONS",
     "Accept",
     "Availability",
     "Backend",
@@ -379,6 +381,10 @@ class LoadedModel(Protocol):
         """Free the weights once the last session has ended. Idempotent."""
 
 
+KV_PRECISIONS: Mapping[str, int] = MappingProxyType({"fp32": 4, "fp16": 2, "int8": 1})
+"""The precisions that a KV cache may be asked for in, and the bytes of a key or value in each."""
+
+
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
     """How to load, beyond what and where.
@@ -387,11 +393,14 @@ class LoadOptions:
         threads: Threads within one operator, or None for the runtime's default.
         spinning: Whether idle worker threads spin between two steps: faster alone,
             rude on a busy machine. None for the backend's measured default.
+        kv_precision: How keys and values are kept, one of `KV_PRECISIONS`; None as the backend
+            does where nobody asks.
         extra: Settings of one runtime, by that runtime's own names.
     """
 
     threads: int | None = None
     spinning: bool | None = None
+    kv_precision: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -420,10 +429,13 @@ class Backend(Protocol):
         name: What users call it.
         formats: The layouts (`Artifact.format`) that it reads, preferred first. A checkpoint
             that is in none of them is converted to the first that phirt can write.
+        kv_precisions: Those of `KV_PRECISIONS` that a load may ask for; of some, only for some
+            artifacts or devices, which `load` then says.
     """
 
     name: ClassVar[str]
     formats: ClassVar[tuple[str, ...]]
+    kv_precisions: ClassVar[tuple[str, ...]]
 
     def probe(self) -> list[Availability]:
         """What this machine offers to the runtime. Never raises for a missing runtime."""

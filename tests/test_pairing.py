@@ -64,6 +64,7 @@ class TestArguments:
             ("openvino", "onnxruntime", {"options": {"a": 1}}, "settings of one runtime"),
             ("openvino", "onnxruntime", {"failover": True}, "failover=True"),
             ("openvino", "onnxruntime", {"tune": True}, "tune=True"),
+            ("openvino", "onnxruntime", {"kv_precision": "int8"}, "as it does by itself"),
             ("auto", "onnxruntime", {}, "must name a backend"),
             ("openvino:auto", "onnxruntime", {}, "must name a backend"),
             ("openvino:", "onnxruntime", {}, "not a device name"),

@@ -6,7 +6,7 @@ Attention windows, LongRoPE's boundary, and which nodes prove where a model runs
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +32,8 @@ _MODEL_GRAPH = 7
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_TYPE, _NODE_ATTRIBUTE = 1, 2, 3, 4, 5
 _ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_TENSOR = 1, 3, 5
-_TENSOR_INTS, _TENSOR_NAME, _TENSOR_RAW = 7, 8, 9
+_TENSOR_DIMS, _TENSOR_INTS, _TENSOR_NAME, _TENSOR_RAW = 1, 7, 8, 9
+_COSINES = 7  # GroupQueryAttention's input
 
 # The nodes that choose LongRoPE's factors: in Model Builder's graphs by the mask's width or
 # by the highest position, and in phirt's by the mask's width.
@@ -67,11 +68,15 @@ class GraphNodes:
         least_capacity: Positions that the cache must have room for at least: the widest
             window of a node that rolls its cache on (``sliding_window_cache``), else 0.
         rope_boundary: Longest sequence for which it takes LongRoPE's short factors, or None.
+        rotary_dims: Of each attention node that rotates keys itself, halves against each other:
+            how many channels of a head it rotates, from the first on. None of one whose keys
+            are rotated otherwise, or where its tables do not tell.
     """
 
     windows: tuple[int | None, ...]
     least_capacity: int
     rope_boundary: int | None
+    rotary_dims: tuple[int | None, ...] = ()
 
     @property
     def window(self) -> int | None:
@@ -97,6 +102,8 @@ def _walk(data: Buffer) -> GraphNodes:
     least_capacity = 0
     chooser: list[str] = []
     constants: dict[str, Field] = {}
+    sources: dict[str, str] = {}  # of what a Slice makes
+    tables: list[str | None] = []
     for graph in _of(data, 0, len(data), _MODEL_GRAPH):
         for item in fields(data, graph.start, graph.end):
             if item.number == _GRAPH_INITIALIZER:
@@ -110,6 +117,9 @@ def _walk(data: Buffer) -> GraphNodes:
                 windows.append(window if window > 0 else None)
                 if attributes.get("sliding_window_cache"):
                     least_capacity = max(least_capacity, window)
+                tables.append(_rotary_table(data, item, attributes))
+            elif kind == "Slice":
+                sources[_text(data, item, _NODE_OUTPUT)] = _text(data, item, _NODE_INPUT)
             elif kind == "Constant":
                 for attribute in _of(data, item.start, item.end, _NODE_ATTRIBUTE):
                     for tensor in _of(data, attribute.start, attribute.end, _ATTRIBUTE_TENSOR):
@@ -118,11 +128,31 @@ def _walk(data: Buffer) -> GraphNodes:
                 inputs = _of(data, item.start, item.end, _NODE_INPUT)
                 chooser = [bytes_of(data, name).decode() for name in inputs]
     known = [constants[name] for name in chooser if name in constants]
+    dims = [None if name is None else constants.get(sources.get(name, name)) for name in tables]
     return GraphNodes(
         windows=tuple(windows),
         least_capacity=least_capacity,
         rope_boundary=_integer(data, known[0]) if known else None,
+        rotary_dims=tuple(None if table is None else _rotated(data, table) for table in dims),
     )
+
+
+def _rotary_table(data: Buffer, node: Field, attributes: Mapping[str, int]) -> str | None:
+    """Name of the cosines of a node that rotates one half of a head against the other."""
+    names = _of(data, node.start, node.end, _NODE_INPUT)
+    if attributes.get("rotary_interleaved") or not attributes.get("do_rotary"):
+        return None
+    return bytes_of(data, names[_COSINES]).decode() if len(names) > _COSINES else None
+
+
+def _rotated(data: Buffer, cosines: Field) -> int | None:
+    """Channels that a table rotates: it has a column for two of them."""
+    sizes = [
+        size
+        for field in _of(data, cosines.start, cosines.end, _TENSOR_DIMS)
+        for size in packed_varints(data, field)
+    ]
+    return 2 * sizes[-1] if sizes else None
 
 
 def integer_fields(data: Buffer, *, operator: str, attribute: str) -> Iterator[Field]:

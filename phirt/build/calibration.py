@@ -2,14 +2,12 @@
 
 One pass goes through the decoder, layer by layer. Before a matrix multiplies, its inputs tell
 what of it matters (`phirt.build.gptq`); it multiplies rounded, so that later matrices are
-rounded for the inputs that they will get. The text is phirt's own, of many languages and
-kinds, and no part of what `phirt quality` measures on.
+rounded for the inputs that they will get.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.resources import files
 
 import numpy as np
 
@@ -19,14 +17,13 @@ from phirt.build.gptq import quantize_with_inputs
 from phirt.build.precision import EMBEDDING
 from phirt.build.recipe import Recipe
 from phirt.build.rounding import RoundedFiles, check_blocks
-from phirt.errors import UnsupportedModelError
 from phirt.models.decoder_config import DecoderConfig
+from phirt.text.calibration import calibration_pieces
 from phirt.types import FloatArray, IntArray, Progress, ProgressCallback
 
 __all__ = ["calibrate", "calibration_tokens"]
 
 _SEQUENCES, _LENGTH = 32, 160
-_LEAST_LENGTH = 8
 
 _Encode = Callable[[str], Sequence[int]]
 
@@ -70,18 +67,12 @@ def calibration_tokens(encode: _Encode, config: DecoderConfig) -> IntArray:
     Raises:
         UnsupportedModelError: The tokenizer makes too few ids of it that the model knows.
     """
-    text = (files("phirt.build") / "calibration.txt").read_text(encoding="utf-8")
-    ids = np.array(encode(text), np.int64)
-    ids = ids[ids < config.vocab_size]
-    longest = min(_LENGTH, config.context_length, config.rope.boundary or _LENGTH)
-    length = min(longest, len(ids) // _SEQUENCES)
-    if length < _LEAST_LENGTH:
-        raise UnsupportedModelError(
-            f"Calibration runs a text through the model, of which its tokenizer makes "
-            f"{len(ids):,} tokens that it knows: too few. Leave calibration out."
-        )
-    starts = np.linspace(0, len(ids) - length, _SEQUENCES).astype(np.int64)
-    return np.stack([ids[start : start + length] for start in starts])
+    return calibration_pieces(
+        encode,
+        vocab_size=config.vocab_size,
+        count=_SEQUENCES,
+        longest=min(_LENGTH, config.context_length, config.rope.boundary or _LENGTH),
+    )
 
 
 class _CalibratedWeights:

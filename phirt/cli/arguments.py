@@ -13,7 +13,7 @@ from phirt.cli.device_arguments import add_devices
 from phirt.cli.doctor_arguments import add_doctor
 from phirt.cli.plan_arguments import add_plan
 from phirt.cli.quality_arguments import add_quality
-from phirt.cli.store_arguments import add_store_commands, add_target
+from phirt.cli.store_arguments import add_kv_precision, add_store_commands, add_target
 from phirt.cli.tune_arguments import add_tune
 
 __all__ = ["UsageError", "parse"]
@@ -72,6 +72,7 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
         "fetched once)",
     )
     add_target(where)
+    add_kv_precision(where)
     how = run.add_argument_group(
         "generation", "What is not given is as the model's own configuration says, else greedy."
     )

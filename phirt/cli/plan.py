@@ -51,6 +51,7 @@ def print_plan(arguments: argparse.Namespace) -> None:
             precision=arguments.precision,
             context=arguments.context,
             optimize=arguments.optimize,
+            kv_precision=arguments.kv_precision,
             offline=arguments.offline,
         )
     except PhirtError:
@@ -105,6 +106,7 @@ def _asked(plan: Plan) -> str:
             ("device", plan.device),
             ("backend", plan.backend),
             ("precision", plan.precision),
+            ("kv_precision", plan.kv_precision),
         )
         if value != "auto"
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from phirt.cli.store_arguments import add_choice
+from phirt.cli.store_arguments import add_choice, add_kv_precision
 
 __all__ = ["add_plan"]
 
@@ -26,6 +26,7 @@ def add_plan(commands: argparse._SubParsersAction[Any]) -> None:
         help="a name, org/name of a hub, a model folder or a GGUF file (default: a small model)",
     )
     add_choice(plan)
+    add_kv_precision(plan)
     plan.add_argument(
         "--context",
         type=int,

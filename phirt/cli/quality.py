@@ -60,6 +60,7 @@ def print_quality(arguments: argparse.Namespace) -> int:
                 device=arguments.device,
                 backend=arguments.backend,
                 precision=arguments.precision,
+                kv_precision=arguments.kv_precision,
                 offline=arguments.offline,
                 progress=bars,
                 announce=Announcer(bars, yes=arguments.yes),

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from phirt.cli.store_arguments import add_target
+from phirt.cli.store_arguments import add_kv_precision, add_target
 from phirt.locate import PRECISIONS
 
 __all__ = ["add_quality"]
@@ -55,7 +55,9 @@ def add_quality(commands: argparse._SubParsersAction[Any]) -> None:
         default="auto",
         help=f"what a checkpoint is converted to: {', '.join(PRECISIONS)} (default: fp32)",
     )
-    add_target(quality.add_argument_group("candidate"))
+    candidate = quality.add_argument_group("candidate")
+    add_target(candidate)
+    add_kv_precision(candidate)
     output = quality.add_argument_group("output")
     output.add_argument(
         "--report", type=Path, metavar="DIR", help="write a page with plots into this folder"

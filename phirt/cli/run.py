@@ -105,6 +105,7 @@ def _load(arguments: argparse.Namespace) -> Iterator[Model]:
             device=arguments.device,
             backend=arguments.backend,
             precision=arguments.precision,
+            kv_precision=arguments.kv_precision,
             offline=arguments.offline,
             progress=bars,
             announce=Announcer(bars, yes=arguments.yes),

@@ -6,8 +6,9 @@ import argparse
 from typing import Any
 
 from phirt.locate import PRECISIONS
+from phirt.protocols import KV_PRECISIONS
 
-__all__ = ["add_choice", "add_store_commands", "add_target"]
+__all__ = ["add_choice", "add_kv_precision", "add_store_commands", "add_target"]
 
 
 def add_store_commands(commands: argparse._SubParsersAction[Any]) -> None:
@@ -50,6 +51,15 @@ def add_choice(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> Non
         help=f"what a checkpoint is converted to: {', '.join(PRECISIONS)} (default: auto)",
     )
     parser.add_argument("--offline", action="store_true", help="use no network at all")
+
+
+def add_kv_precision(parser: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """Add the option that says how keys and values are kept."""
+    parser.add_argument(
+        "--kv-precision",
+        default="auto",
+        help=f"of the KV cache: {', '.join(KV_PRECISIONS)} (default: the backend's own)",
+    )
 
 
 def _add_pull(commands: argparse._SubParsersAction[Any]) -> None:

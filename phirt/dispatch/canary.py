@@ -86,6 +86,7 @@ class Place:
         driver: Version of the device's driver, or None.
         hardware: `hardware_id` of the machine: processors take other kernels, and a store may
             be shared by several machines.
+        kv_precision: As in `PlanRequest`.
     """
 
     backend: str
@@ -93,6 +94,7 @@ class Place:
     version: str | None
     driver: str | None
     hardware: str
+    kv_precision: str = "auto"
 
 
 def run_canary(loaded: LoadedModel, canary: Canary) -> float:

@@ -11,6 +11,7 @@ from phirt.dispatch.plan import MemoryNeed, PlanCandidate
 from phirt.dispatch.shape import ModelShape, bits_of, shape_of, shape_of_config, weights_bytes
 from phirt.errors import OutOfMemoryError
 from phirt.models.variants import megabytes
+from phirt.protocols import KV_PRECISIONS
 
 __all__ = [
     "ModelShape",
@@ -42,6 +43,7 @@ def predict_memory(
     weights_bytes: int,
     context: int,
     threads: int | None = None,
+    kv_precision: str = "auto",
     free: int | None,
 ) -> MemoryNeed:
     """The most memory that a load, and one sequence of ``context`` tokens, will take.
@@ -59,6 +61,7 @@ def predict_memory(
         weights_bytes: Size of the weights' files.
         context: Tokens.
         threads: As in `LoadOptions`.
+        kv_precision: As in `PlanRequest`.
         free: What is free where they will be, or None where nobody tells.
     """
     held = footprint_of(backend)
@@ -68,7 +71,8 @@ def predict_memory(
     tables = _tables(held, shape, layout, precision) * table
     factor = held.kept.get(precision, held.kept[""])
     kept = max(0, round(weights_bytes * factor) + tables)
-    element = 2 if precision in _HALF and not on_host else 4
+    own = 2 if precision in _HALF and not on_host else 4
+    element = KV_PRECISIONS.get(kv_precision, own)
     kv = element * shape.kv_values * context
     work = _workspace(held, shape, context) + (_copies(held, context) - 1) * kv
     tokenizer = TOKENIZER * shape.vocab_size

@@ -22,6 +22,7 @@ def memory_need(
     machine: Machine,
     context: int,
     threads: int | None = None,
+    kv_precision: str = "auto",
 ) -> MemoryNeed | None:
     """What an artifact is predicted to take on a device; None where its size is not known.
 
@@ -33,6 +34,7 @@ def memory_need(
         machine: The record of the machine.
         context: Tokens of context.
         threads: As in `LoadOptions`.
+        kv_precision: As in `PlanRequest`.
     """
     size = artifact.bytes
     if size is None and artifact.precision is not None:
@@ -48,6 +50,7 @@ def memory_need(
         weights_bytes=size,
         context=context,
         threads=threads,
+        kv_precision=kv_precision,
         free=_free(machine, offer),
     )
 

@@ -162,6 +162,7 @@ class PlanRequest:
         precision: A precision, or ``"auto"``.
         context: Tokens of context that there must be memory for.
         optimize: What the choice is for.
+        kv_precision: One of `KV_PRECISIONS`, or ``"auto"`` for what a backend does by itself.
     """
 
     model: str
@@ -170,6 +171,7 @@ class PlanRequest:
     precision: str = "auto"
     context: int = DEFAULT_CONTEXT
     optimize: Optimize = "latency"
+    kv_precision: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,6 +187,7 @@ class Plan:
         optimize: What it is for.
         candidates: All that was considered, best first; the chosen one, if any, is the first.
         notes: What else the user should know, a sentence each.
+        kv_precision: The precision of the KV cache that was asked for.
     """
 
     model: str
@@ -195,6 +198,7 @@ class Plan:
     optimize: Optimize
     candidates: tuple[PlanCandidate, ...]
     notes: tuple[str, ...] = ()
+    kv_precision: str = "auto"
 
     @property
     def chosen(self) -> PlanCandidate | None:

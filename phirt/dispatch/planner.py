@@ -24,7 +24,7 @@ from phirt.dispatch.plan import (
 )
 from phirt.dispatch.quarantine import in_force
 from phirt.dispatch.ranking import Tier, Way, rank, tier_of
-from phirt.dispatch.registry import formats_of, is_automatic
+from phirt.dispatch.registry import formats_of, is_automatic, kv_precisions_of
 from phirt.dispatch.shape import ModelShape
 from phirt.errors import OutOfMemoryError, UnknownBackendError
 from phirt.models.variants import device_rank
@@ -108,6 +108,7 @@ def make_plan(
         optimize=request.optimize,
         candidates=(*ranked, *rejected),
         notes=tuple(notes),
+        kv_precision=request.kv_precision,
     )
 
 
@@ -127,15 +128,12 @@ class _Judge:
 
     def rows(self, record: BackendRecord) -> Iterator[Way | PlanCandidate]:
         """The rows of one backend."""
-        name, asked = record.backend, self.request.backend
+        name = record.backend
         offered = [each for each in record.listing if each.status in OFFERED]
-        if asked not in ("auto", name):
+        out = self._excluded(record)
+        if out is not None:
             for device in [each.device for each in offered] or [self._any_device]:
-                yield _out("request", name, device, f"backend {asked!r} was asked for")
-            return
-        if asked == "auto" and not is_automatic(name):
-            for device in [each.device for each in offered] or [self._any_device]:
-                yield _out("request", name, device, "it is used by name only")
+                yield _out(out.stage, name, device, out.reason, out.fix)
             return
         if record.outcome == "not run" and not record.listing:
             reason = f"nothing is known of it yet: {record.reason}"
@@ -156,6 +154,19 @@ class _Judge:
                 yield _out("runtime", name, offer.device, offer.reason, offer.fix)
         if offered:
             yield from self._among(record, offered)
+
+    def _excluded(self, record: BackendRecord) -> _Exclusion | None:
+        """Why a backend is out whatever it finds, if it is."""
+        name, asked = record.backend, self.request.backend
+        if asked not in ("auto", name):
+            return _Exclusion("request", f"backend {asked!r} was asked for")
+        if asked == "auto" and not is_automatic(name):
+            return _Exclusion("request", "it is used by name only")
+        wanted = self.request.kv_precision
+        if wanted == "auto" or wanted in _kv_precisions(record):
+            return None
+        fix = 'Leave kv_precision at "auto", or name another backend.'
+        return _Exclusion("runtime", f"it keeps no KV cache in {wanted}", fix)
 
     def _is_meant(self, offer: Availability) -> bool:
         return self.device.kind == "auto" or self.device.is_one_of([offer.device])
@@ -298,6 +309,7 @@ class _Judge:
             offer=offer,
             machine=self.machine,
             context=self.request.context,
+            kv_precision=self.request.kv_precision,
         )
 
     def _speed(
@@ -358,6 +370,19 @@ class _Judge:
         reads = " or ".join(self.formats.get(backend, ())) or "nothing that is known"
         held = " and ".join(dict.fromkeys(_described(artifact) for artifact in self.artifacts))
         return f"it reads {reads}, and the model is there as {held or 'nothing'}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Exclusion:
+    stage: Stage
+    reason: str
+    fix: str | None = None
+
+
+def _kv_precisions(record: BackendRecord) -> tuple[str, ...]:
+    with contextlib.suppress(UnknownBackendError):  # a plugin of the machine that was recorded
+        return kv_precisions_of(record.backend, imports=not record.is_fatal)
+    return ()
 
 
 def offer_of(offered: Sequence[Availability], device: DeviceName) -> Availability | None:

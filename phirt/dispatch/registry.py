@@ -22,6 +22,7 @@ __all__ = [
     "formats_of",
     "get_backend",
     "is_automatic",
+    "kv_precisions_of",
 ]
 
 ENTRY_POINT_GROUP = "phirt.backends"
@@ -43,6 +44,15 @@ _FORMATS = {
     "mlx": ("mlx", "safetensors"),
     "transformers": ("safetensors",),
     "reference": ("safetensors",),
+}
+# And in `Backend.kv_precisions`.
+_KV_PRECISIONS = {
+    "onnxruntime": ("fp32", "int8"),
+    "openvino": ("fp32", "fp16", "int8"),
+    "onnxruntime-genai": (),
+    "mlx": (),
+    "transformers": (),
+    "reference": (),
 }
 # Written to be read and compared with, not to be fast: used where it is named.
 _ONLY_BY_NAME = ("reference",)
@@ -111,6 +121,27 @@ def formats_of(name: str, *, imports: bool = True) -> tuple[str, ...]:
         return ()
     try:
         return tuple(get_backend(name).formats)
+    except BackendBrokenError:
+        return ()
+
+
+def kv_precisions_of(name: str, *, imports: bool = True) -> tuple[str, ...]:
+    """The precisions of a KV cache that a backend may be asked for.
+
+    Args:
+        name: As for `formats_of`.
+        imports: Likewise.
+
+    Raises:
+        UnknownBackendError: No backend of that name is registered.
+    """
+    if name in _KV_PRECISIONS:
+        return _KV_PRECISIONS[name]
+    if not imports:
+        return ()
+    try:
+        # A plugin may be older than this attribute.
+        return tuple(getattr(get_backend(name), "kv_precisions", ()))
     except BackendBrokenError:
         return ()
 

@@ -195,9 +195,9 @@ class PlanLoader:
                 raise _RejectedError("model", verdict.reason.rstrip("."), None, fix=verdict.fix)
             if candidate.memory is None or self._is_in_use:
                 self._check_fit(candidate, folder, plan)
-            wrong = _known_wrong(_id_of(folder), candidate, self._machine)
+            wrong = _known_wrong(_id_of(folder), candidate, plan, self._machine)
             if wrong is not None and plan.device == "auto":
-                raise self._wrong_numbers(candidate, wrong)  # before the weights are read
+                raise self._wrong_numbers(candidate, wrong, plan)  # before the weights are read
             options = self._options_for(candidate)
             with self._foreign_errors(candidate):
                 loaded = backend.load(folder.artifact, candidate.device, options)
@@ -228,6 +228,7 @@ class PlanLoader:
             machine=self._machine,
             context=plan.context,
             threads=self._options.threads,
+            kv_precision=plan.kv_precision,
         )
         if need is None:
             return
@@ -262,7 +263,7 @@ class PlanLoader:
                 verdict = check_loaded(
                     loaded,
                     folder,
-                    _place_of(candidate, self._machine),
+                    _place_of(candidate, plan, self._machine),
                     reference=lambda: self._reference(candidate, folder, plan),
                 )
         except _FAILURES as failure:
@@ -277,15 +278,17 @@ class PlanLoader:
                 f"{candidate.described} was named, and is used although it computes wrong numbers: "
                 f"{verdict.reason}"
             )
-        raise self._wrong_numbers(candidate, verdict)
+        raise self._wrong_numbers(candidate, verdict, plan)
 
-    def _wrong_numbers(self, candidate: PlanCandidate, verdict: Verdict) -> _RejectedError:
+    def _wrong_numbers(
+        self, candidate: PlanCandidate, verdict: Verdict, plan: Plan
+    ) -> _RejectedError:
         """What a failed comparison comes to where the device was not named."""
         backend, device = candidate.backend, candidate.device
         if not _is_cpu(candidate):
             # On a CPU it says nothing of other models: there it is how coarsely this one's
             # activations are rounded that makes the difference, and not a fault of the device.
-            place = _place_of(candidate, self._machine)
+            place = _place_of(candidate, plan, self._machine)
             quarantine.add(
                 backend=backend,
                 device=listed_as(self._machine, backend, device).device,
@@ -347,7 +350,7 @@ def without_wrong(plan: Plan, machine: Machine) -> Plan:
         return plan
     for row in plan.candidates:
         if row.status != "rejected" and row.artifact is not None:
-            wrong = _known_wrong(row.artifact.id, row, machine)
+            wrong = _known_wrong(row.artifact.id, row, plan, machine)
             if wrong is not None:
                 # As it is in the plan by now, where others that went first may be out.
                 now = next(each for each in plan.candidates if _way(each) == _way(row))
@@ -360,12 +363,12 @@ def _way(row: PlanCandidate) -> tuple[str, str, PlannedArtifact | None]:
 
 
 def _known_wrong(
-    artifact: str | None, candidate: PlanCandidate, machine: Machine
+    artifact: str | None, candidate: PlanCandidate, plan: Plan, machine: Machine
 ) -> Verdict | None:
     """The verdict of an earlier load that found wrong numbers."""
     if artifact is None:
         return None
-    known = known_verdict(artifact, _place_of(candidate, machine))
+    known = known_verdict(artifact, _place_of(candidate, plan, machine))
     return known if known is not None and known.status == "failed" else None
 
 
@@ -377,7 +380,7 @@ def _rejected(candidate: PlanCandidate, verdict: Verdict) -> PlanCandidate:
     return candidate.rejected("answer", f"wrong numbers: {verdict.reason}", fix)
 
 
-def _place_of(candidate: PlanCandidate, machine: Machine) -> Place:
+def _place_of(candidate: PlanCandidate, plan: Plan, machine: Machine) -> Place:
     offer = listed_as(machine, candidate.backend, candidate.device)
     record = machine.backend(candidate.backend)
     return Place(
@@ -386,6 +389,7 @@ def _place_of(candidate: PlanCandidate, machine: Machine) -> Place:
         version=offer.version or (record.version if record else None),
         driver=offer.hardware.driver if offer.hardware else None,
         hardware=hardware_id(machine),
+        kv_precision=plan.kv_precision,
     )
 
 

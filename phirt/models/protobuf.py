@@ -1,4 +1,4 @@
-"""Reads protobuf's wire format: fields by number, in place, nothing copied.
+"""Protobuf's wire format: fields read by number, in place, nothing copied; and a few written.
 
 The `onnx` package could parse a model too. For the int4 graph of a 135M model (226 kB, 343
 nodes, 365 initializers) importing it costs 55 ms and parsing 1 ms, where a check by this walk
@@ -23,6 +23,9 @@ __all__ = [
     "Field",
     "WireError",
     "bytes_of",
+    "copy_of",
+    "encode_bytes",
+    "encode_number",
     "fields",
     "open_buffer",
     "packed_varints",
@@ -139,6 +142,33 @@ def signed(value: int) -> int:
 def bytes_of(data: Buffer, field: Field) -> bytes:
     """The content of a length-delimited field, copied."""
     return data[field.start : field.end]
+
+
+def encode_number(number: int, value: int) -> bytes:
+    """A field that holds an integer of at least 0."""
+    return _encode_varint(number << 3 | VARINT) + _encode_varint(value)
+
+
+def encode_bytes(number: int, content: bytes) -> bytes:
+    """A length-delimited field: bytes, a text in UTF-8, or a message."""
+    return _encode_varint(number << 3 | BYTES) + _encode_varint(len(content)) + content
+
+
+def copy_of(data: Buffer, field: Field) -> bytes:
+    """A field as it stands, with its number."""
+    content = data[field.start : field.end]
+    if field.wire == BYTES:
+        return encode_bytes(field.number, content)
+    return _encode_varint(field.number << 3 | field.wire) + content
+
+
+def _encode_varint(value: int) -> bytes:
+    encoded = bytearray()
+    while value >= 0x80:
+        encoded.append(value & 0x7F | 0x80)
+        value >>= 7
+    encoded.append(value)
+    return bytes(encoded)
 
 
 def _varint(data: Buffer, position: int, end: int) -> tuple[int, int]:

@@ -34,10 +34,10 @@ _logger = logging.getLogger(__name__)
 _UNCONVERTED_KEPT_S = 24 * 3600.0
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_COMPILED = re.compile(r"[0-9a-f]{32}")  # as the adapter for OpenVINO names them
+_COMPILED = re.compile(r"[0-9a-f]{32}")  # as adapters name what they keep
 _PARTIAL = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 _HASH_RECORD = re.compile(r"[0-9a-f]{64}\.(json|[0-9a-f]{16})")
-_LOCK = re.compile(r"(models|sources|copies|openvino|partial)-.+\.lock")
+_LOCK = re.compile(r"(models|sources|copies|openvino|kv-ranges|partial)-.+\.lock")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +112,7 @@ def collect(root: Path, *, converter_version: int) -> Collected:
     run.discard("copies", copies)
     compiled = _entries(root / "openvino", _COMPILED)
     run.discard("compiled", compiled, lock=lambda path: path / "lock")
+    run.discard("kv-ranges", _entries(root / "kv-ranges", _COMPILED))
     if is_idle(root):  # a download or a conversion under way reads or writes these
         run.discard("partial", _entries(root / "partial", _PARTIAL))
         converted = {_source_id(manifest) for _, manifest in artifacts}

@@ -5,6 +5,7 @@
     ROOT/copies/KEY/        files of a user's folder that some runtime would not read as links
     ROOT/partial/           downloads that are not finished
     ROOT/openvino/          what a runtime compiled of models
+    ROOT/kv-ranges/         how large keys and values of models become (`phirt.backends.kv_ranges`)
     ROOT/hashes/            SHA-256 of users' own files, by path, size and time
     ROOT/used/              when each artifact was last looked up
     ROOT/machine/           what was found out about this machine (`phirt.dispatch.machine_dir`)
@@ -201,8 +202,9 @@ class Store:
         """Free what no installed model needs, and what can be made again.
 
         These are leftovers of processes that died, unfinished downloads, fetched files
-        that were converted, copies of linked folders, compiled models, artifacts of older
-        converters, and records of files that are gone. What somebody works on is left.
+        that were converted, copies of linked folders, compiled models, ranges of keys and
+        values, artifacts of older converters, and records of files that are gone. What
+        somebody works on is left.
 
         Args:
             converter_version: What artifacts must have been converted by to be kept

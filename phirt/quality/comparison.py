@@ -58,6 +58,7 @@ def compare_quality(
     device: str = "auto",
     backend: str = "auto",
     precision: str = "auto",
+    kv_precision: str = "auto",
     offline: bool = False,
     progress: ProgressCallback | None = None,
     announce: Announce | None = None,
@@ -85,6 +86,7 @@ def compare_quality(
         device: The candidate's ``device``, as for `phirt.load`.
         backend: Its ``backend``.
         precision: Its ``precision``.
+        kv_precision: Its ``kv_precision``. The reference's is its backend's own.
         offline: As for `phirt.load`.
         progress: As for `phirt.load`; told how many tokens are compared, too.
         announce: As for `phirt.load`.
@@ -102,7 +104,7 @@ def compare_quality(
     sections = read_sections(text)
     check_enough(sections, tokens)  # before models are loaded
     theirs = _Choice("reference_", reference_device, reference_backend, reference_precision)
-    ours = _Choice("", device, backend, precision)
+    ours = _Choice("", device, backend, precision, kv_precision)
     for model, choice in ((reference, theirs), (candidate, ours)):
         choice.check(model)
     with ExitStack() as stack:
@@ -116,6 +118,7 @@ def compare_quality(
                     device=choice.device,
                     backend=choice.backend,
                     precision=choice.precision,
+                    kv_precision=choice.kv_precision,
                     offline=offline,
                     progress=progress,
                     announce=announce,
@@ -143,12 +146,13 @@ class _Choice:
     device: str
     backend: str
     precision: str
+    kv_precision: str = "auto"
 
     def check(self, model: str | Path | Model) -> None:
         """Refuse settings of a model that is loaded."""
         named = [
             f"{self.prefix}{name}"
-            for name in ("device", "backend", "precision")
+            for name in ("device", "backend", "precision", "kv_precision")
             if getattr(self, name) != "auto"
         ]
         if isinstance(model, Model) and named:
@@ -292,6 +296,7 @@ def _side(model: Model) -> Side:
         backend=model.backend,
         device=model.device,
         bytes=weights_bytes(folder),
+        kv_precision=model.plan.kv_precision,
     )
 
 

@@ -43,6 +43,7 @@ class Side:
         backend: Name of the backend.
         device: Name of the device.
         bytes: Size on disk of the files that hold its graph and weights.
+        kv_precision: What its KV cache was asked for in; ``"auto"`` for the backend's own.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Side:
     backend: str
     device: str
     bytes: int
+    kv_precision: str = "auto"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,7 +10,8 @@ __all__ = ["described", "megabytes", "nats", "percent", "summary", "visible"]
 
 def described(side: Side) -> str:
     """``int8 (onnx-genai) on onnxruntime, cpu``."""
-    return f"{side.precision or '?'} ({side.format}) on {side.backend}, {side.device}"
+    kept = "" if side.kv_precision == "auto" else f", KV cache in {side.kv_precision}"
+    return f"{side.precision or '?'} ({side.format}) on {side.backend}, {side.device}{kept}"
 
 
 def nats(value: float) -> str:

@@ -71,7 +71,7 @@ class BackendConformance(
     @classmethod
     def oracle(cls, checkpoint: Path) -> Oracle:
         """What the answers should be."""
-        return Oracle(checkpoint)
+        return cls.oracle_of(checkpoint)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -85,7 +85,7 @@ class BackendConformance(
         """The backend with its first architecture, for tests that load it anew."""
         name = cls.architectures[0]
         checkpoint = write_tiny_checkpoint(tmp_path_factory.mktemp(name) / "hf", name)
-        yield from cls._load(name, checkpoint, Oracle(checkpoint))
+        yield from cls._load(name, checkpoint, cls.oracle_of(checkpoint))
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from phirt.protocols import Backend, Lack, LoadOptions
 from phirt.testing.checkpoints import TINY_ARCHITECTURES
+from phirt.testing.subject import Oracle
 
 __all__ = ["DENSE_ARCHITECTURES", "LONG_ROPE_ARCHITECTURES", "ConformanceSettings"]
 
@@ -20,7 +21,7 @@ LONG_ROPE_ARCHITECTURES = ("phi3",)
 
 
 class ConformanceSettings:
-    """The attributes and the hook that a test class overrides.
+    """The attributes and the hooks that a test class overrides.
 
     Attributes:
         backend: The adapter's class.
@@ -55,3 +56,12 @@ class ConformanceSettings:
         """
         del out
         return checkpoint
+
+    @classmethod
+    def oracle_of(cls, checkpoint: Path) -> Oracle:
+        """What the answers of a checkpoint should be; to be overridden where they are rounded.
+
+        Args:
+            checkpoint: A Hugging Face folder.
+        """
+        return Oracle(checkpoint)

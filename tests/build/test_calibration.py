@@ -20,7 +20,7 @@ from tests.build.decoders import DECODERS, numpy_logits, random_decoder
 from tests.build.onnx.checkpoints import MemoryCheckpoint, random_llama, tiny
 from tests.build.onnx.runtime import mean_kl
 
-TEXT = (files("phirt.build") / "calibration.txt").read_text(encoding="utf-8")
+TEXT = (files("phirt.text") / "calibration.txt").read_text(encoding="utf-8")
 BYTES = tiny(vocab_size=256, context_length=512)
 
 
@@ -186,5 +186,5 @@ def test_a_tokenizer_that_makes_too_little_of_the_text_is_refused():
 
 
 def test_a_model_of_a_shorter_context_than_any_piece_is_refused():
-    with pytest.raises(UnsupportedModelError, match="Leave calibration out"):
+    with pytest.raises(UnsupportedModelError, match="Do without calibration"):
         calibration_tokens(letters, tiny(vocab_size=256, context_length=7))

@@ -23,6 +23,7 @@ class _Pair:
 
     name: ClassVar[str] = "paired"
     formats: ClassVar[tuple[str, ...]] = ()
+    kv_precisions: ClassVar[tuple[str, ...]] = ()
     prefill: ClassVar[str]
     decode: ClassVar[str]
 

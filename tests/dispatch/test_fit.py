@@ -45,6 +45,7 @@ def predict(
     precision: str | None = "int8",
     context: int = 4096,
     free: int | None = None,
+    kv_precision: str = "auto",
 ) -> MemoryNeed:
     size = shape.weights_bytes(precision or "fp32")
     assert size is not None
@@ -56,6 +57,7 @@ def predict(
         precision=precision,
         weights_bytes=size,
         context=context,
+        kv_precision=kv_precision,
         free=free,
     )
 
@@ -69,6 +71,14 @@ def refusal(need: MemoryNeed, shape: ModelShape = LLAMA, *, backend: str = "onnx
 def test_a_token_of_cache_is_keys_and_values_of_every_layer() -> None:
     assert LLAMA.kv_values == 2 * 32 * 8 * 128
     assert predict(context=1000).kv == 4 * LLAMA.kv_values * 1000
+
+
+def test_a_cache_of_another_precision() -> None:
+    own = predict(context=1000)
+    for kv_precision, share in (("fp32", 1), ("fp16", 2), ("int8", 4)):
+        need = predict(context=1000, kv_precision=kv_precision)
+        assert need.kv == own.kv // share
+        assert (need.weights, need.workspace) == (own.weights, own.workspace)
 
 
 def test_on_a_device_a_model_of_half_floats_keeps_its_cache_so() -> None:

@@ -55,6 +55,31 @@ def row(plan: Plan, backend: str, device: str = "cpu") -> PlanCandidate:
     return found
 
 
+class TestKvPrecision:
+    BOTH = (CPU, record("openvino", "cpu"), record("transformers", "cpu"))
+
+    def test_those_that_keep_no_such_cache_are_out(self):
+        assert order(plan_of(*self.BOTH, kv_precision="int8")) == [
+            "onnxruntime on cpu",
+            "openvino on cpu",
+        ]
+        plan = plan_of(*self.BOTH, kv_precision="fp16")
+        assert order(plan) == ["openvino on cpu"]
+        assert plan.kv_precision == "fp16"
+        out = row(plan, "transformers")
+        assert out.stage == "runtime"
+        assert out.reason == "it keeps no KV cache in fp16"
+        assert out.fix == 'Leave kv_precision at "auto", or name another backend.'
+
+    def test_a_plugin_of_another_machine_keeps_none(self):
+        plan = plan_of(CPU, record("theirs", "cpu"), kv_precision="int8")
+        assert row(plan, "theirs").reason == "it keeps no KV cache in int8"
+
+    def test_it_is_not_said_of_what_was_not_asked_for(self):
+        plan = plan_of(*self.BOTH, kv_precision="fp16", backend="openvino")
+        assert row(plan, "onnxruntime").stage == "request"
+
+
 class TestOrderWithoutMeasurements:
     def test_the_order_of_the_backends_decides_between_equal_devices(self):
         plan = plan_of(CPU, record("openvino", "cpu"), record("transformers", "cpu"))

@@ -41,6 +41,21 @@ def test_what_a_backend_reads_is_known_without_its_adapter(name):
     assert registry.formats_of(name) == registry.get_backend(name).formats
 
 
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_what_a_cache_may_be_kept_in_is_known_without_its_adapter(name):
+    assert registry.kv_precisions_of(name) == registry.get_backend(name).kv_precisions
+
+
+def test_a_plugin_may_know_nothing_of_precisions_of_a_cache(plugin):
+    plugin("mine", "tests.dispatch.fake_backend:FakeBackend")
+    assert registry.kv_precisions_of("mine") == ()
+    assert registry.kv_precisions_of("mine", imports=False) == ()
+    plugin("mine", "no.such.module:Thing")
+    assert registry.kv_precisions_of("mine") == ()
+    with pytest.raises(UnknownBackendError):
+        registry.kv_precisions_of("yours")
+
+
 def test_what_a_plugin_reads_its_adapter_says(plugin):
     plugin("mine", "tests.dispatch.fake_backend:FakeBackend")
     assert registry.formats_of("mine") == ("onnx-genai", "onnx")

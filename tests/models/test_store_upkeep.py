@@ -180,11 +180,14 @@ def test_collecting_leaves_the_models_and_takes_the_rest(store, tmp_path):
     store.install("older", partial(fill, versions={"converter": "2"}))
     store.install("fetched", partial(fill, source={"repository": "org/tiny"}))
     store.install_copy("copy", fill)
-    for name in (f"openvino/{'0' * 32}/1.blob", f"partial/{SHA256}/data"):
+    name = "0" * 32
+    made = (f"openvino/{name}/1.blob", f"kv-ranges/{name}", f"partial/{SHA256}/data")
+    for name in made:
         (store.root / name).parent.mkdir(parents=True)
         (store.root / name).write_bytes(CONTENT)
     collected = store.collect(converter_version=3)
-    assert sorted(collected.freed) == ["compiled", "copies", "models", "partial", "sources"]
+    kinds = ["compiled", "copies", "kv-ranges", "models", "partial", "sources"]
+    assert sorted(collected.freed) == kinds
     assert all(size >= len(CONTENT) for size in collected.freed.values())
     assert collected.bytes == sum(collected.freed.values())
     assert collected.kept == ()

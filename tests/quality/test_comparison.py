@@ -16,7 +16,7 @@ from phirt.testing import write_tiny_checkpoint
 from tests.installed import require
 from tests.quality.conftest import TEXTS
 
-SIDES = ("name", "path", "format", "precision", "backend", "device", "bytes")
+SIDES = ("name", "path", "format", "precision", "backend", "device", "bytes", "kv_precision")
 
 
 def compare(reference, candidate, **options):

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from phirt.backends.importing import import_runtime, unavailable
+from phirt.backends.kv_precision import check_kv_precision
 from phirt.backends.mlx.config import MlxConfig, read_mlx_config
 from phirt.backends.mlx.decoder import Decoder
 from phirt.backends.mlx.listing import device_names, list_devices
@@ -65,6 +66,7 @@ class MlxBackend:
 
     name: ClassVar[str] = _NAME
     formats: ClassVar[tuple[str, ...]] = _FORMATS
+    kv_precisions: ClassVar[tuple[str, ...]] = ()
 
     def probe(self) -> list[Availability]:
         """Whether MLX imports, and which devices it names."""
@@ -113,6 +115,7 @@ class MlxBackend:
             OutOfMemoryError: The weights do not fit.
             ValueError: ``options.extra`` is not empty: there is nothing to set.
         """
+        check_kv_precision(self, options)
         if options.extra:
             raise ValueError(f"The backend 'mlx' has no settings, not {sorted(options.extra)}.")
         folder = read_folder(artifact.path, name=artifact.name, formats=_FORMATS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,13 +18,15 @@ from typing import Any, ClassVar
 from phirt.backends.base import BaseModel
 from phirt.backends.execution import InTurn, Parallel
 from phirt.backends.importing import import_runtime, unavailable
-from phirt.backends.onnx_nodes import read_nodes, supported_context
+from phirt.backends.kv_precision import check_kv_precision
+from phirt.backends.kv_ranges import find_ranges, keep_ranges, kept_ranges
+from phirt.backends.onnx_nodes import GraphNodes, read_nodes, supported_context
 from phirt.backends.onnxruntime.errors import translate_load
 from phirt.backends.onnxruntime.float_prefill import FloatPrefill, float_graph
-from phirt.backends.onnxruntime.graph import describe_graph
+from phirt.backends.onnxruntime.graph import DecoderGraph, cache_inputs, describe_graph
 from phirt.backends.onnxruntime.libraries import check_opened, open_libraries
 from phirt.backends.onnxruntime.listing import list_devices
-from phirt.backends.onnxruntime.memory import DeviceMemory, HostMemory
+from phirt.backends.onnxruntime.memory import FLOAT32, DeviceMemory, HostMemory
 from phirt.backends.onnxruntime.options import Settings, session_options
 from phirt.backends.onnxruntime.pool import OrtPool
 from phirt.backends.onnxruntime.proto import top_model
@@ -35,6 +37,7 @@ from phirt.backends.onnxruntime.providers import (
     installed,
     read_placement,
 )
+from phirt.backends.onnxruntime.quantized_cache import quantized_graph, scales_of
 from phirt.backends.onnxruntime.session import GrowingSession, OrtSession, SharedSession
 from phirt.devices.names import DeviceName
 from phirt.errors import BackendBrokenError, BackendNotInstalledError, UnsupportedModelError
@@ -51,7 +54,7 @@ from phirt.protocols import (
     Placement,
     Reject,
 )
-from phirt.types import Artifact
+from phirt.types import Artifact, FloatArray
 
 __all__ = ["OnnxRuntimeBackend"]
 
@@ -71,6 +74,7 @@ class OnnxRuntimeBackend:
 
     name: ClassVar[str] = _NAME
     formats: ClassVar[tuple[str, ...]] = ("onnx-genai", "onnx")
+    kv_precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
 
     def probe(self) -> list[Availability]:
         """Which devices the installed wheel and plugins serve, none of them tried."""
@@ -115,11 +119,42 @@ class OnnxRuntimeBackend:
         """
         ort = _import()
         settings = Settings.of(options)
+        check_kv_precision(self, options)
         provider = find_provider(ort, device)
         folder = read_folder(artifact.path, formats=self.formats)
         path = _graph_path(folder)
         check_onnx_files(path.parent, path.name)
+        if settings.kv_precision == "int8":
+            return _with_quantized_cache(ort, folder, provider, device, settings)
         return OrtModel(ort, folder, provider, device, settings)
+
+
+def _with_quantized_cache(
+    ort: Any, folder: ModelFolder, provider: Provider, device: str, settings: Settings
+) -> OrtModel:
+    """The model with its KV cache in 8 bits, by scales that are found first, once for a model."""
+    path = _graph_path(folder)
+    nodes = read_nodes(path)
+    if not (provider.is_cpu and _shares_buffer(folder)) or nodes.least_capacity:
+        raise UnsupportedModelError(
+            f"{path}: onnxruntime keeps a KV cache of 8 bits on the CPU, for graphs that share one "
+            "buffer between past and present and roll nothing on in it. Load it without "
+            "kv_precision."
+        )
+    graph = path.read_bytes()
+    ranges = kept_ranges(folder, _info_of(folder, nodes, vocab_size=folder.facts.vocab_size))
+    if ranges is None:
+        # Products in floats: this is one long prompt, and nothing is decoded.
+        plain = replace(settings, float_prefill_from=None, kv_precision=None)
+        model = OrtModel(ort, folder, provider, device, plain, graph=float_graph(graph))
+        try:
+            ranges = find_ranges(model, folder, nodes.rotary_dims)
+        finally:
+            model.close()
+        keep_ranges(folder, ranges)
+    scales = scales_of(ranges)
+    quantized = quantized_graph(graph, dict(zip(cache_inputs(folder), scales, strict=True)))
+    return OrtModel(ort, folder, provider, device, settings, graph=quantized, kv_scales=scales)
 
 
 class OrtModel(BaseModel):
@@ -137,7 +172,15 @@ class OrtModel(BaseModel):
     """
 
     def __init__(
-        self, ort: Any, folder: ModelFolder, provider: Provider, device: str, settings: Settings
+        self,
+        ort: Any,
+        folder: ModelFolder,
+        provider: Provider,
+        device: str,
+        settings: Settings,
+        *,
+        graph: bytes | None = None,
+        kv_scales: tuple[FloatArray, ...] = (),
     ) -> None:
         path = _graph_path(folder)
         self.ort = ort
@@ -148,11 +191,12 @@ class OrtModel(BaseModel):
         # onnxruntime lets go of the interpreter's lock while it opens the graph.
         with ThreadPoolExecutor(1, thread_name_prefix="phirt-graph") as reader:
             reading = reader.submit(read_nodes, path)
-            self.inference: Any = self._open(os.fspath(path))
+            self.inference: Any = self._open(graph or os.fspath(path))
             nodes = reading.result()
         check_opened(ort, self.inference, provider, device)
         self._placement = read_placement(self.inference, provider, device)
-        self.graph = describe_graph(self.inference, folder)
+        self.graph = describe_graph(self.inference, folder, kv_scales)
+        _check_kv_precision(self.graph, settings, path)
         self.memory = (
             HostMemory(ort)
             if provider.memory == "cpu"
@@ -161,8 +205,7 @@ class OrtModel(BaseModel):
         self.least_capacity = nodes.least_capacity
         self.shares_buffer = provider.shares_buffer and _shares_buffer(folder)
         self._is_genai = folder.decoder is not None
-        self.float_prefill = self._float_prefill(settings, path)
-        facts = folder.facts
+        self.float_prefill = self._float_prefill(settings, graph, path)
         if self.least_capacity and not self.shares_buffer:
             raise UnsupportedModelError(
                 f"{path}: the graph rolls its cache on inside one buffer (sliding_window_cache), "
@@ -170,14 +213,7 @@ class OrtModel(BaseModel):
                 "--extra_options windowed_kv_cache=false."
             )
         super().__init__(
-            info=ModelInfo(
-                vocab_size=self.graph.vocab_size,
-                context_length=supported_context(nodes, facts),
-                eos_token_ids=facts.eos_token_ids,
-                weights_id=folder.artifact.weights_id,
-                rope_boundary=nodes.rope_boundary,
-                window=nodes.window or facts.window,
-            ),
+            info=_info_of(folder, nodes, vocab_size=self.graph.vocab_size),
             capabilities=self._capabilities(),
             execution=Parallel() if provider.is_cpu else InTurn(),
             native=self.inference,
@@ -224,7 +260,9 @@ class OrtModel(BaseModel):
             )
         return OrtPool(self, slots=slots, capacity=capacity, expected_length=expected_length)
 
-    def _float_prefill(self, settings: Settings, path: Path) -> FloatPrefill | None:
+    def _float_prefill(
+        self, settings: Settings, graph: bytes | None, path: Path
+    ) -> FloatPrefill | None:
         least = settings.float_prefill_from
         if least is None:
             return None
@@ -234,7 +272,7 @@ class OrtModel(BaseModel):
                 "has another cache, does not say which logits to compute, or runs elsewhere. Load "
                 "without it."
             )
-        model = float_graph(path)
+        model = float_graph(graph or path.read_bytes())
         if model is None:  # its activations are not rounded anyway
             return None
         return FloatPrefill(self.ort, self._open(model), self.graph, least=least)
@@ -292,6 +330,27 @@ class _Opener:
             raise translate_load(error, self.path) from error
         session.disable_fallback()
         return session
+
+
+def _info_of(folder: ModelFolder, nodes: GraphNodes, *, vocab_size: int) -> ModelInfo:
+    facts = folder.facts
+    return ModelInfo(
+        vocab_size=vocab_size,
+        context_length=supported_context(nodes, facts),
+        eos_token_ids=facts.eos_token_ids,
+        weights_id=folder.artifact.weights_id,
+        rope_boundary=nodes.rope_boundary,
+        window=nodes.window or facts.window,
+    )
+
+
+def _check_kv_precision(graph: DecoderGraph, settings: Settings, path: Path) -> None:
+    """Refuse a graph whose cache is of another type than was asked for."""
+    if settings.kv_precision == "fp32" and graph.cache is not FLOAT32:
+        raise UnsupportedModelError(
+            f"{path}: the graph keeps its KV cache in {graph.cache.storage.name}, not in float32. "
+            "Load it without kv_precision."
+        )
 
 
 def _graph_path(folder: ModelFolder) -> Path:

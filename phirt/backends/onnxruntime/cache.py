@@ -118,18 +118,16 @@ class SharedCache:
 
     def read(self, row: int, length: int) -> list[FloatArray]:
         """Copies of a row's keys and values, each (kv_heads, length, head_size)."""
-        element = self._graph.cache
         return [
-            np.array(element.to_float32(self._stored(index)[row, :, :length]))
+            np.array(self._graph.from_cache(index, self._stored(index)[row, :, :length]))
             for index in range(len(self._values))
         ]
 
     def write(self, row: int, layers: Sequence[FloatArray]) -> None:
         """Set the first positions of a row to keys and values as `read` gives them."""
-        element = self._graph.cache
         for index, layer in enumerate(layers):
             stored = self._stored(index)
-            stored[row, :, : layer.shape[1]] = element.from_float32(layer)
+            stored[row, :, : layer.shape[1]] = self._graph.to_cache(index, layer)
             self._restore(index, stored)
 
     def copy_rows(self, targets: Sequence[int], sources: Sequence[int], length: int) -> None:

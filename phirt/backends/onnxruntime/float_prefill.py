@@ -10,7 +10,6 @@ both: what differs is one attribute of each node.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,15 +24,15 @@ _ATTRIBUTE = "accuracy_level"
 _INT8, _FLOAT32 = 4, 1
 
 
-def float_graph(path: Path) -> bytes | None:
+def float_graph(graph: bytes) -> bytes | None:
     """A graph with its 8-bit products made products in floats; None where it has none.
 
     Args:
-        path: An ONNX file whose weights lie in other files.
+        graph: A serialized model whose weights lie in other files.
     """
-    data = bytearray(path.read_bytes())
+    data = bytearray(graph)
     found = False
-    for field in integer_fields(bytes(data), operator="MatMulNBits", attribute=_ATTRIBUTE):
+    for field in integer_fields(graph, operator="MatMulNBits", attribute=_ATTRIBUTE):
         if field.value == _INT8:
             # Both are varints of one byte, so that nothing else moves.
             data[field.start] = _FLOAT32

@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from phirt.backends.onnxruntime.memory import ELEMENTS, Element
+import numpy as np
+from numpy.typing import NDArray
+
+from phirt.backends.onnxruntime.memory import ELEMENTS, INT8, Element
 from phirt.errors import ModelFormatError, UnsupportedModelError
 from phirt.models.folder import ModelFolder
 from phirt.models.genai_config import DecoderSpec
+from phirt.types import FloatArray
 
-__all__ = ["DecoderGraph", "describe_graph"]
+__all__ = ["DecoderGraph", "cache_inputs", "describe_graph"]
 
 _KEEP = "num_logits_to_keep"
 _BRANCH = "use_cache_branch"
@@ -42,6 +46,8 @@ class DecoderGraph:
         cache: Type of the cache's elements.
         logits_type: Type of the logits.
         prunes_logits: Whether logits are those of the last position unless more are asked for.
+        kv_scales: Of a cache of integers, what one stands for: for each of ``past``, shape
+            (kv_heads, 1, head_size). Empty for a cache of floats.
     """
 
     input_ids: str
@@ -58,6 +64,27 @@ class DecoderGraph:
     cache: Element
     logits_type: Element
     prunes_logits: bool
+    kv_scales: tuple[FloatArray, ...] = ()
+
+    def from_cache(self, index: int, stored: NDArray[Any]) -> FloatArray:
+        """Keys or values as float32; ``stored`` itself where it is that already.
+
+        Args:
+            index: Which of ``past`` they are of.
+            stored: Shape (..., kv_heads, tokens, head_size).
+        """
+        if not self.kv_scales:
+            return self.cache.to_float32(stored)
+        values: FloatArray = np.multiply(stored, self.kv_scales[index], dtype=np.float32)
+        return values
+
+    def to_cache(self, index: int, values: FloatArray) -> NDArray[Any]:
+        """Keys or values as the cache holds them; the reverse of `from_cache`."""
+        if not self.kv_scales:
+            return self.cache.from_float32(values)
+        # As the kernel rounds: to the nearest, and what is beyond the range is cut off.
+        steps: FloatArray = np.clip(np.rint(values / self.kv_scales[index]), -128, 127)
+        return steps.astype(np.int8)
 
     @property
     def can_verify(self) -> bool:
@@ -65,8 +92,15 @@ class DecoderGraph:
         return self.num_logits_to_keep is not None or not self.prunes_logits
 
 
-def describe_graph(inference: Any, folder: ModelFolder) -> DecoderGraph:
+def describe_graph(
+    inference: Any, folder: ModelFolder, kv_scales: tuple[FloatArray, ...] = ()
+) -> DecoderGraph:
     """Read a session's inputs and outputs, and hold them against the folder's configuration.
+
+    Args:
+        inference: The session.
+        folder: What it was opened from.
+        kv_scales: As in `DecoderGraph`, where the graph was made to keep a cache of integers.
 
     Raises:
         ModelFormatError: The configuration is not of this graph.
@@ -93,11 +127,19 @@ def describe_graph(inference: Any, folder: ModelFolder) -> DecoderGraph:
         kv_heads=kv_heads,
         head_size=head_size,
         vocab_size=_vocab_size(outputs[logits], folder),
-        cache=_element(inputs[past[0]], folder),
+        cache=INT8 if kv_scales else _element(inputs[past[0]], folder),
         logits_type=_element(outputs[logits], folder),
         # A graph that declares one position computes the LM head for the last one only.
         prunes_logits=outputs[logits].shape[1] == 1,
+        kv_scales=kv_scales,
     )
+
+
+def cache_inputs(folder: ModelFolder) -> tuple[str, ...]:
+    """Names of the cache's inputs, of a folder that names them: key and value of each layer."""
+    assert folder.decoder is not None  # noqa: S101  # the caller has asked for it
+    names: tuple[str, ...] = _names_of_spec(folder.decoder)["past"]
+    return names
 
 
 def _names_of_spec(spec: DecoderSpec) -> dict[str, Any]:

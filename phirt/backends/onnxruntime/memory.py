@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from phirt.backends.onnxruntime.proto import identity_model
 from phirt.types import FloatArray
 
-__all__ = ["ELEMENTS", "DeviceMemory", "Element", "HostMemory", "Memory"]
+__all__ = ["ELEMENTS", "FLOAT32", "INT8", "DeviceMemory", "Element", "HostMemory", "Memory"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +51,17 @@ class Element:
         return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
+FLOAT32 = Element(1, np.dtype(np.float32))
+
 ELEMENTS = {
-    "tensor(float)": Element(1, np.dtype(np.float32)),
+    "tensor(float)": FLOAT32,
     "tensor(float16)": Element(10, np.dtype(np.float16)),
     "tensor(bfloat16)": Element(16, np.dtype(np.uint16)),
 }
 """The types of caches and logits that phirt drives, by onnxruntime's names."""
+
+INT8 = Element(3, np.dtype(np.int8))
+"""The type of a cache whose integers stand for so many times a scale."""
 
 
 class HostMemory:

@@ -26,6 +26,7 @@ class Settings:
         provider_options: The execution provider's own options.
         tokens_per_run: Most tokens of one run, or None.
         float_prefill_from: How many tokens of a prompt run with float activations, or None.
+        kv_precision: As in `LoadOptions`.
         config: Entries of the session's configuration.
     """
 
@@ -34,6 +35,7 @@ class Settings:
     provider_options: Mapping[str, Any]
     tokens_per_run: int | None
     float_prefill_from: int | None
+    kv_precision: str | None
     config: Mapping[str, str]
 
     @classmethod
@@ -65,6 +67,7 @@ class Settings:
             provider_options=provider_options,
             tokens_per_run=limit,
             float_prefill_from=from_floats,
+            kv_precision=options.kv_precision,
             config={key: str(value) for key, value in extra.items()},
         )
 

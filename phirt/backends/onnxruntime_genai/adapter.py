@@ -19,6 +19,7 @@ from phirt.backends.base import BaseModel
 from phirt.backends.distributions import check_single_owner
 from phirt.backends.execution import InTurn, Parallel
 from phirt.backends.importing import import_runtime, unavailable
+from phirt.backends.kv_precision import check_kv_precision
 from phirt.backends.native_errors import first_line
 from phirt.backends.onnx_nodes import GraphNodes, read_nodes, supported_context
 from phirt.backends.onnxruntime_genai.config import (
@@ -85,6 +86,7 @@ class OnnxRuntimeGenaiBackend:
 
     name: ClassVar[str] = _NAME
     formats: ClassVar[tuple[str, ...]] = (_FORMAT,)
+    kv_precisions: ClassVar[tuple[str, ...]] = ()
 
     def probe(self) -> list[Availability]:
         """Which devices the installed build has code for, and plugins have hardware for."""
@@ -124,6 +126,7 @@ class OnnxRuntimeGenaiBackend:
             DevicePlacementError: The graph runs elsewhere than on ``device``.
             ValueError: ``options.extra`` has a setting that does not exist.
         """
+        check_kv_precision(self, options)
         og = _import()
         folder = read_folder(artifact.path, formats=self.formats)
         spec = folder.decoder

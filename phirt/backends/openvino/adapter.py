@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from phirt.backends.base import BaseModel
 from phirt.backends.execution import InTurn
 from phirt.backends.importing import unavailable
+from phirt.backends.kv_precision import check_kv_precision
 from phirt.backends.openvino.cache import cache_key, checked_cache
 from phirt.backends.openvino.graph import DecoderGraph
 from phirt.backends.openvino.listing import list_devices, phirt_name
@@ -24,6 +25,7 @@ from phirt.errors import (
     BackendNotInstalledError,
     DeviceNotAvailableError,
     DevicePlacementError,
+    UnsupportedModelError,
 )
 from phirt.models.folder import ModelFolder, read_folder
 from phirt.models.store import Store
@@ -57,11 +59,15 @@ _CPU_PROPERTIES = {
 }
 
 
+_KV_TYPES = {"fp32": "f32", "fp16": "f16", "int8": "u8"}
+
+
 class OpenVinoBackend:
     """Adapter to OpenVINO's ``CompiledModel``."""
 
     name: ClassVar[str] = NAME
     formats: ClassVar[tuple[str, ...]] = _FORMATS
+    kv_precisions: ClassVar[tuple[str, ...]] = tuple(_KV_TYPES)
 
     def probe(self) -> list[Availability]:
         """Which devices OpenVINO's plugins find here."""
@@ -104,6 +110,7 @@ class OpenVinoBackend:
             OutOfMemoryError: The weights do not fit.
             DevicePlacementError: The graph was compiled for another device.
         """
+        check_kv_precision(self, options)
         ov = import_openvino()
         folder = read_folder(artifact.path, name=artifact.name, formats=self.formats)
         core = ov.Core()
@@ -199,10 +206,19 @@ class OpenVinoModel(BaseModel):
 
 def _properties(target: str, options: LoadOptions) -> dict[str, Any]:
     properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    on_cpu = dict(_CPU_PROPERTIES)
+    if options.kv_precision is not None:
+        if target != "CPU":
+            raise UnsupportedModelError(
+                f"kv_precision={options.kv_precision!r} is for OpenVINO's CPU: on {target} nobody "
+                "has tried it. Load without it; OpenVINO's own name for it is "
+                "options={'KV_CACHE_PRECISION': ...}."
+            )
+        on_cpu["KV_CACHE_PRECISION"] = _KV_TYPES[options.kv_precision]
     if target == "CPU":
-        properties |= _CPU_PROPERTIES
+        properties |= on_cpu
     elif target == "AUTO":
-        properties["DEVICE_PROPERTIES"] = {"CPU": _CPU_PROPERTIES}
+        properties["DEVICE_PROPERTIES"] = {"CPU": on_cpu}
     if options.threads is not None:
         properties["INFERENCE_NUM_THREADS"] = options.threads
     return properties | dict(options.extra)

@@ -15,6 +15,7 @@ import numpy as np
 
 from phirt.backends.base import BaseModel, BaseSession, HostLogits
 from phirt.backends.execution import Parallel
+from phirt.backends.kv_precision import check_kv_precision
 from phirt.backends.pool import PoolRow, SeparatePool
 from phirt.backends.reference.decoder import Cache, Decoder, Weights
 from phirt.backends.reference.weights import read_weights
@@ -57,6 +58,7 @@ class ReferenceBackend:
 
     name: ClassVar[str] = _NAME
     formats: ClassVar[tuple[str, ...]] = (_FORMAT,)
+    kv_precisions: ClassVar[tuple[str, ...]] = ()
 
     def probe(self) -> list[Availability]:
         """NumPy is a dependency of phirt's own, so it is always there."""
@@ -95,6 +97,7 @@ class ReferenceBackend:
             UnsupportedModelError: The decoder is none that phirt knows.
             OutOfMemoryError: The weights do not fit.
         """
+        check_kv_precision(self, options)
         if options.extra:
             raise ValueError(f"The reference has no settings, and was given {dict(options.extra)}.")
         if not DeviceName.parse(device).is_one_of(["cpu"]):

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from phirt.backends.importing import unavailable
+from phirt.backends.kv_precision import check_kv_precision
 from phirt.backends.transformers.devices import (
     BACKEND,
     EXTRA,
@@ -47,6 +48,7 @@ class TransformersBackend:
 
     name: ClassVar[str] = BACKEND
     formats: ClassVar[tuple[str, ...]] = (_FORMAT,)
+    kv_precisions: ClassVar[tuple[str, ...]] = ()
 
     def probe(self) -> list[Availability]:
         """What is installed; torch is imported only where it may find an accelerator."""
@@ -81,6 +83,7 @@ class TransformersBackend:
             OutOfMemoryError: The weights do not fit.
             ValueError: ``options.extra`` holds an unknown setting.
         """
+        check_kv_precision(self, options)
         _check_settings(options.extra)
         folder = read_folder(artifact.path, name=artifact.name, formats=self.formats)
         objection = find_objection(folder.artifact.path)
