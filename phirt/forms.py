@@ -412,10 +412,9 @@ def _unless_auto(precision: str) -> str | None:
 
 def _own_kl(folder: Path) -> float | None:
     """What the folder's canary says of its distance from the source, in nats."""
-    from phirt.models.canary import read_canary
+    from phirt.models.canary import read_own_kl
 
     try:
-        canary = read_canary(folder)
+        return read_own_kl(folder)
     except ModelError:  # loading it says what is wrong
         return None
-    return None if canary is None else canary.own_kl

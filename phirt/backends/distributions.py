@@ -8,16 +8,26 @@ writes over the first; what is left imports, mixes two versions, and is mended b
 from __future__ import annotations
 
 import csv
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
+from typing import TypeAlias
 
 from phirt.errors import BackendBrokenError
 
-__all__ = ["Conflict", "check_single_owner", "find_conflicts", "listed_files"]
+__all__ = [
+    "Conflict",
+    "PathState",
+    "check_single_owner",
+    "find_conflicts",
+    "listed_files",
+    "path_state",
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,13 +73,42 @@ def check_single_owner(module: str, *, backend: str) -> None:
         BackendBrokenError: At least two own it; the message has both names and versions, and
             the command that mends it.
     """
-    for entry in sys.path:
-        folder = Path(entry)
-        owners = _owners(folder, module)
+    for folder, owners in _owners_on_path(path_state(), module):
         if len(owners) > 1:
             raise _refusal(Conflict(module=module, folder=folder, owners=owners), backend)
         if owners or (folder / module).is_dir():
             return  # The first entry that holds the package is the one that is imported.
+
+
+PathState: TypeAlias = tuple[tuple[str, int], ...]
+"""The entries of ``sys.path``, and when something was last installed in or removed from each."""
+
+
+def path_state() -> PathState:
+    """What is installed, as far as it decides what `importlib.metadata` finds.
+
+    What was found by one state can be kept for as long as it stays.
+    """
+    return tuple((entry, _changed_at(entry)) for entry in sys.path)
+
+
+def _changed_at(entry: str) -> int:
+    try:
+        return os.stat(entry or os.curdir).st_mtime_ns  # noqa: PTH116  # a Path takes as long again
+    except OSError:
+        return 0
+
+
+@lru_cache(maxsize=64)
+def _owners_on_path(state: PathState, module: str) -> tuple[tuple[Path, dict[str, str]], ...]:
+    """Folders of the path up to the one that holds a package, with who owns it there."""
+    found = []
+    for entry, _ in state:
+        folder = Path(entry)
+        found.append((folder, _owners(folder, module)))
+        if found[-1][1] or (folder / module).is_dir():
+            break  # the first entry that holds the package is the one that is imported
+    return tuple(found)
 
 
 def find_conflicts(

@@ -24,6 +24,7 @@ from phirt.models.protobuf import (
     packed_varints,
     signed,
 )
+from phirt.models.remembered import Remembered
 
 __all__ = ["GraphNodes", "integer_fields", "is_heavy", "read_nodes", "supported_context"]
 
@@ -92,9 +93,12 @@ def read_nodes(path: Path) -> GraphNodes:
     """
     try:
         with open_buffer(path) as data:
-            return _walk(data)
+            return _KNOWN.of(data, lambda: _walk(data))
     except (WireError, ValueError, UnicodeDecodeError) as error:
         raise ModelFormatError(f"{path} is not a sound ONNX model: {error}.") from error
+
+
+_KNOWN: Remembered[GraphNodes] = Remembered()
 
 
 def _walk(data: Buffer) -> GraphNodes:

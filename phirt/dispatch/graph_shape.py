@@ -20,6 +20,7 @@ from phirt.models.protobuf import (
     open_buffer,
     packed_varints,
 )
+from phirt.models.remembered import Remembered
 
 __all__ = ["GraphShape", "read_graph_shape"]
 
@@ -59,6 +60,9 @@ class _Weights:
     length: int
 
 
+_KNOWN: Remembered[list[_Weights]] = Remembered()
+
+
 def read_graph_shape(path: Path, *, hidden_size: int) -> GraphShape | None:
     """Read a graph; None where its weights have names that are not known here.
 
@@ -68,7 +72,7 @@ def read_graph_shape(path: Path, *, hidden_size: int) -> GraphShape | None:
     """
     try:
         with open_buffer(path) as data:
-            weights = list(_weights(data))
+            weights = _KNOWN.of(data, lambda: list(_weights(data)))
     except (OSError, WireError, ValueError):  # to be told by the load, which reads it all
         return None
     gate = _largest(weights, _GATE)

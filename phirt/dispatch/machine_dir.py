@@ -16,16 +16,26 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from phirt.errors import ModelError, StoreError
-from phirt.models.safe_json import read_json
+from phirt.models.remembered import Remembered
+from phirt.models.safe_json import parse_json, read_bytes
 from phirt.models.staging import locked
 from phirt.models.store import Store
 
-__all__ = ["VARIABLE", "machine_dir", "read_record", "update_record", "write_record"]
+__all__ = [
+    "VARIABLE",
+    "machine_dir",
+    "parsed_record",
+    "read_record",
+    "update_record",
+    "write_record",
+]
 
 VARIABLE = "PHIRT_MACHINE_DIR"
+
+_T = TypeVar("_T")
 
 _MAX_BYTES = 4 << 20
 _TRIES = 5
@@ -54,11 +64,40 @@ def machine_dir() -> Path:
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """A document, or None where there is none or it is damaged."""
+    data = _bytes_of(path)
+    return None if data is None else _document(data, path)
+
+
+def parsed_record(
+    path: Path, known: Remembered[_T], parse: Callable[[dict[str, Any] | None], _T]
+) -> _T:
+    """What a document says, parsed once for as long as it stays the same.
+
+    Args:
+        path: The file.
+        known: What was parsed before.
+        parse: Given what `read_record` gives. Nobody changes what it returns.
+    """
+    data = _bytes_of(path)
+    if data is None:
+        return parse(None)
+    return known.of(data, lambda: parse(_document(data, path)))
+
+
+def _bytes_of(path: Path) -> bytes | None:
     try:
-        return read_json(path, max_bytes=_MAX_BYTES)
+        return read_bytes(path, max_bytes=_MAX_BYTES)
     except FileNotFoundError:
         return None
     except (ModelError, OSError) as error:
+        _logger.info("Passed over a damaged record: %s", error)
+        return None
+
+
+def _document(data: bytes, path: Path) -> dict[str, Any] | None:
+    try:
+        return parse_json(data, source=str(path))
+    except ModelError as error:
         _logger.info("Passed over a damaged record: %s", error)
         return None
 

@@ -9,7 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 from phirt.devices.record_json import from_json, to_json
-from phirt.dispatch.machine_dir import machine_dir, read_record, update_record
+from phirt.dispatch.machine_dir import machine_dir, parsed_record, update_record
+from phirt.models.remembered import Remembered
 from phirt.types import Optimize
 
 __all__ = [
@@ -218,6 +219,7 @@ def fastest(
 
 
 _MOST = 1000
+_KNOWN: Remembered[list[Measurement]] = Remembered()
 
 
 class Measurements:
@@ -232,7 +234,8 @@ class Measurements:
         Args:
             hardware: `hardware_id` of the machine.
         """
-        return [m for m in self._parse(read_record(self._path)) if m.hardware == hardware]
+        known = parsed_record(self._path, _KNOWN, self._parse)
+        return [m for m in known if m.hardware == hardware]
 
     def save(self, measurements: Sequence[Measurement]) -> None:
         """Keep measurements, in place of earlier ones of the same thing."""

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from collections.abc import Mapping
+from functools import lru_cache
 from importlib.metadata import entry_points
 
+from phirt.backends.distributions import PathState, path_state
 from phirt.errors import BackendBrokenError, UnknownBackendError
 from phirt.protocols import Backend
 
@@ -146,6 +149,12 @@ def kv_precisions_of(name: str, *, imports: bool = True) -> tuple[str, ...]:
         return ()
 
 
-def _plugins() -> dict[str, str]:
+def _plugins() -> Mapping[str, str]:
+    return _plugins_of(path_state())
+
+
+@lru_cache(maxsize=8)
+def _plugins_of(state: PathState) -> Mapping[str, str]:  # noqa: ARG001  # what the result is kept by
+    """The plugins that are installed: finding them reads a file of every distribution."""
     # A plugin cannot take the name of a built-in backend: get_backend looks there first.
     return {point.name: point.value for point in entry_points(group=ENTRY_POINT_GROUP)}

@@ -11,7 +11,8 @@ from typing import Any
 
 from phirt.devices.machine import SCHEMA, BackendRecord, Trial
 from phirt.devices.record_json import from_json, to_json
-from phirt.dispatch.machine_dir import read_record, update_record
+from phirt.dispatch.machine_dir import parsed_record, update_record
+from phirt.models.remembered import Remembered
 from phirt.models.staging import locked
 
 __all__ = ["SurveyCache", "forget_surveys", "with_trial"]
@@ -35,7 +36,8 @@ class SurveyCache:
 
     def read(self) -> dict[str, BackendRecord]:
         """What is known, by the backend's name."""
-        return _records_of(read_record(self._path))
+        known = parsed_record(self._path, _KNOWN, _records_of)
+        return dict(known)
 
     def save(self, record: BackendRecord) -> None:
         """Keep what a backend listed."""
@@ -82,6 +84,9 @@ def forget_surveys(folder: Path) -> None:
     for path in folder.glob(f"{_PREFIX}*"):
         with suppress(OSError):
             path.unlink()
+
+
+_KNOWN: Remembered[dict[str, BackendRecord]] = Remembered()
 
 
 def _records_of(document: dict[str, Any] | None) -> dict[str, BackendRecord]:

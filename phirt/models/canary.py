@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phirt.errors import ModelFormatError
-from phirt.models.safe_json import JsonFields, read_json
+from phirt.models.remembered import Remembered
+from phirt.models.safe_json import JsonFields, parse_json, read_bytes
 from phirt.types import FloatArray, IntArray
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "make_canary",
     "mean_kl",
     "read_canary",
+    "read_own_kl",
     "write_canary",
 ]
 
@@ -182,13 +184,7 @@ def read_canary(folder: Path, *, vocab_size: int | None = None) -> Canary | None
     path = folder / CANARY_NAME
     if not path.exists():
         return None
-    fields = JsonFields(read_json(path, max_bytes=_MAX_FILE_BYTES), source=str(path))
-    version = fields.integer("format_version", minimum=1, maximum=1 << 31)
-    if version > _FORMAT_VERSION:
-        raise ModelFormatError(
-            f"{path} is of format {version}; this phirt reads up to {_FORMAT_VERSION}. "
-            "Upgrade phirt, or remove the folder and install the model again."
-        )
+    fields = _fields(read_bytes(path, max_bytes=_MAX_FILE_BYTES), path)
     largest = (vocab_size or _MAX_VOCAB) - 1
     token_ids = fields.integers("token_ids", minimum=0, maximum=largest)
     positions = fields.value("positions")
@@ -203,8 +199,45 @@ def read_canary(folder: Path, *, vocab_size: int | None = None) -> Canary | None
         token_ids=token_ids,
         top_ids=np.array([ids for ids, _ in rows], np.int64),
         log_probabilities=np.array([values for _, values in rows], np.float32),
-        own_kl=fields.optional_number("own_kl", minimum=0, maximum=_LARGEST_KL),
+        own_kl=_own_kl(fields),
     )
+
+
+def read_own_kl(folder: Path) -> float | None:
+    """What rounding the weights makes, in nats; None where a folder's canary does not say it.
+
+    The rest of the file is not looked at.
+
+    Args:
+        folder: A model folder.
+
+    Raises:
+        ModelFormatError: It is damaged, or of a newer format than this phirt reads.
+    """
+    path = folder / CANARY_NAME
+    if not path.exists():
+        return None
+    data = read_bytes(path, max_bytes=_MAX_FILE_BYTES)
+    # In a tuple, as the number may be None.
+    return _OWN_KLS.of(data, lambda: (_own_kl(_fields(data, path)),))[0]
+
+
+_OWN_KLS: Remembered[tuple[float | None]] = Remembered()
+
+
+def _fields(data: bytes, path: Path) -> JsonFields:
+    fields = JsonFields(parse_json(data, source=str(path)), source=str(path))
+    version = fields.integer("format_version", minimum=1, maximum=1 << 31)
+    if version > _FORMAT_VERSION:
+        raise ModelFormatError(
+            f"{path} is of format {version}; this phirt reads up to {_FORMAT_VERSION}. "
+            "Upgrade phirt, or remove the folder and install the model again."
+        )
+    return fields
+
+
+def _own_kl(fields: JsonFields) -> float | None:
+    return fields.optional_number("own_kl", minimum=0, maximum=_LARGEST_KL)
 
 
 def _position(path: Path, entry: Any, largest: int) -> tuple[tuple[int, ...], tuple[float, ...]]:

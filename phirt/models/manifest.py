@@ -18,7 +18,8 @@ from phirt.errors import ModelFormatError
 from phirt.models.hashing import sha256_of
 from phirt.models.kill_points import kill_point
 from phirt.models.paths import plain_name_fault
-from phirt.models.safe_json import JsonFields, read_json
+from phirt.models.remembered import Remembered
+from phirt.models.safe_json import MAX_JSON_BYTES, JsonFields, parse_json, read_bytes
 from phirt.models.templates import read_chat_template, template_id
 
 __all__ = [
@@ -189,7 +190,15 @@ def read_manifest(folder: Path) -> Manifest | None:
     path = folder / MANIFEST_NAME
     if not path.exists():
         return None
-    fields = JsonFields(read_json(path), source=str(path))
+    data = read_bytes(path, max_bytes=MAX_JSON_BYTES)
+    return _KNOWN.of(data, lambda: _parse(data, path))
+
+
+_KNOWN: Remembered[Manifest] = Remembered()
+
+
+def _parse(data: bytes, path: Path) -> Manifest:
+    fields = JsonFields(parse_json(data, source=str(path)), source=str(path))
     version = fields.integer("format_version", minimum=1, maximum=1 << 31)
     if version > _FORMAT_VERSION:
         raise ModelFormatError(

@@ -18,11 +18,12 @@ from typing import Any, NoReturn
 
 from phirt.errors import ModelFormatError, ModelNotFoundError
 
-__all__ = ["JsonFields", "parse_json", "read_bytes", "read_json"]
+__all__ = ["MAX_JSON_BYTES", "JsonFields", "parse_json", "read_bytes", "read_json"]
 
 # The largest file seen with a real model (a tokenizer_config.json that lists 260,000 tokens)
 # is a tenth of that.
-_MAX_FILE_BYTES = 16 << 20
+MAX_JSON_BYTES = 16 << 20
+"""The largest document that is read where nobody says less."""
 _MAX_DEPTH = 64
 # Hugging Face writes `model_max_length` as int(1e30), 31 digits, into most tokenizer
 # configurations, so 64 bits would be too narrow. What a field may hold is its own check.
@@ -59,7 +60,7 @@ def read_bytes(path: Path, *, max_bytes: int) -> bytes:
     return data
 
 
-def read_json(path: Path, *, max_bytes: int = _MAX_FILE_BYTES) -> dict[str, Any]:
+def read_json(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """Read a JSON object from a file of a model folder.
 
     Args:

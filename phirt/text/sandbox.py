@@ -105,8 +105,9 @@ def _render(template: jinja2.Template, context: dict[str, Any]) -> str:
         guard.METER.reset(token)
 
 
+@lru_cache(maxsize=8)
 def _compile(source: str) -> jinja2.Template:
-
+    """A template; of a source that was compiled before, the same one."""
     if len(source) > _MAX_SOURCE:
         raise exceeded("source size", f"{_MAX_SOURCE:,} characters")
     environment = _environment()

@@ -13,8 +13,10 @@ def plugin(monkeypatch):
     def install(name, value):
         point = EntryPoint(name, value, registry.ENTRY_POINT_GROUP)
         monkeypatch.setattr(registry, "entry_points", lambda *, group: [point])
+        registry._plugins_of.cache_clear()
 
-    return install
+    yield install
+    registry._plugins_of.cache_clear()
 
 
 BUILT_IN = [
@@ -105,3 +107,15 @@ print(sorted({"onnxruntime", "onnxruntime_genai", "openvino", "mlx", "torch"} & 
         [sys.executable, "-c", program], check=False, capture_output=True, text=True
     )
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_plugins_are_looked_for_again_once_something_is_installed(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "mine" not in registry.backend_names()
+    metadata = tmp_path / "mine-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: mine\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(
+        f"[{registry.ENTRY_POINT_GROUP}]\nmine = tests.dispatch.fake_backend:FakeBackend\n"
+    )
+    assert "mine" in registry.backend_names()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import tracemalloc
 
@@ -10,6 +11,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from phirt.errors import ModelError, ModelFormatError, ModelNotFoundError, UnsafeModelError
+from phirt.models import onnx_safety
 from phirt.models.onnx_safety import check_onnx_files
 from tests.models.model_files import WEIGHTS, external_tensor, onnx_model, write_onnx
 
@@ -343,6 +345,55 @@ def test_what_is_not_onnx_is_a_typed_error(folder, content):
     (folder / "model.onnx").write_bytes(content)
     with pytest.raises(ModelFormatError):
         check_onnx_files(folder, "model.onnx")
+
+
+class TestAgain:
+    """A graph that has passed is not walked again, but what it names is looked at."""
+
+    @pytest.fixture
+    def passed(self, folder, monkeypatch):
+        check(folder, onnx_model(external_tensor()))
+
+        def refuse(_):
+            raise AssertionError("it was walked again")
+
+        monkeypatch.setattr(onnx_safety._Checker, "_tensors", refuse)
+        check_onnx_files(folder, "model.onnx")
+        return folder
+
+    def test_weights_that_are_gone(self, passed):
+        (passed / "model.onnx.data").unlink()
+        with pytest.raises(ModelNotFoundError, match="is not in its folder"):
+            check_onnx_files(passed, "model.onnx")
+
+    def test_weights_of_another_size(self, passed):
+        (passed / "model.onnx.data").write_bytes(b"short")
+        with pytest.raises(AssertionError, match="walked again"):
+            check_onnx_files(passed, "model.onnx")
+
+    def test_weights_that_became_a_link_out_of_the_folder(self, passed, tmp_path):
+        outside = tmp_path / "outside"
+        outside.write_bytes((passed / "model.onnx.data").read_bytes())
+        (passed / "model.onnx.data").unlink()
+        (passed / "model.onnx.data").symlink_to(outside)
+        with pytest.raises(UnsafeModelError):
+            check_onnx_files(passed, "model.onnx")
+
+    def test_another_graph_of_the_same_size_and_time(self, passed):
+        path = passed / "model.onnx"
+        before, content = path.stat(), bytearray(path.read_bytes())
+        content[-1] ^= 1
+        path.write_bytes(content)
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        with pytest.raises(AssertionError, match="walked again"):
+            check_onnx_files(passed, "model.onnx")
+
+    def test_the_same_graph_in_another_folder(self, passed, tmp_path):
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "model.onnx").write_bytes((passed / "model.onnx").read_bytes())
+        with pytest.raises(ModelNotFoundError, match="is not in its folder"):
+            check_onnx_files(other, "model.onnx")
 
 
 def test_a_missing_graph_is_not_found(folder):
