@@ -40,6 +40,7 @@ def load(
     optimize: Optimize = "latency",
     threads: int | None = None,
     spinning: bool | None = None,
+    pinning: bool | None = None,
     kv_precision: str = "auto",
     options: Mapping[str, Any] | None = None,
     offline: bool = False,
@@ -75,6 +76,8 @@ def load(
         spinning: Whether idle threads spin while they wait for work: True is best on a
             machine that does nothing else, False on a busy one; None for what was measured
             best, or else a brief spin, which costs little on either.
+        pinning: Whether worker threads are bound to a processor each, on onnxruntime and
+            OpenVINO; None for what was measured best, or else as docs/tuning.md says.
         kv_precision: How keys and values are kept: ``"fp32"``, ``"fp16"`` or ``"int8"``, on the
             backends that can; ``"auto"`` is what a backend does by itself. See
             docs/kv-precision.md.
@@ -117,7 +120,7 @@ def load(
     check_settings(
         model, precision=precision, context=context, optimize=optimize, kv_precision=kv_precision
     )
-    _check_threads(threads, spinning)
+    _check_threads(threads, spinning=spinning, pinning=pinning)
     check_capacity(prefix_cache_bytes)
     if options is not None and not isinstance(options, Mapping):
         raise TypeError(f"options must be a mapping of names to values, not {options!r}")
@@ -148,7 +151,7 @@ def load(
             offline=offline,
             progress=progress,
         )
-        pair_options = LoadOptions(threads=threads, spinning=spinning)
+        pair_options = LoadOptions(threads=threads, spinning=spinning, pinning=pinning)
         selection, started = load_pair(parts, prepare_part, pair_options, announce=announce)
         return _as_model(selection, prefix_cache_bytes, started=started)
     if failover:
@@ -190,6 +193,7 @@ def load(
         LoadOptions(
             threads=threads,
             spinning=spinning,
+            pinning=pinning,
             kv_precision=None if kv_precision == "auto" else kv_precision,
             extra=dict(options or {}),
         ),
@@ -271,9 +275,10 @@ def explain_removal(located: Sequence[Path]) -> Iterator[None]:
         raise
 
 
-def _check_threads(threads: object, spinning: object) -> None:
-    if spinning is not None and not isinstance(spinning, bool):
-        raise TypeError(f"spinning must be True, False or None, not {spinning!r}")
+def _check_threads(threads: object, **switches: object) -> None:
+    for name, value in switches.items():
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"{name} must be True, False or None, not {value!r}")
     if threads is None:
         return
     if isinstance(threads, bool) or not isinstance(threads, int):

@@ -393,6 +393,7 @@ class LoadOptions:
         threads: Threads within one operator, or None for the runtime's default.
         spinning: Whether idle worker threads spin between two steps: faster alone,
             rude on a busy machine. None for the backend's measured default.
+        pinning: Whether worker threads are bound to a processor each. None as the runtime does.
         kv_precision: How keys and values are kept, one of `KV_PRECISIONS`; None as the backend
             does where nobody asks.
         extra: Settings of one runtime, by that runtime's own names.
@@ -400,6 +401,7 @@ class LoadOptions:
 
     threads: int | None = None
     spinning: bool | None = None
+    pinning: bool | None = None
     kv_precision: str | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -429,13 +431,13 @@ class Backend(Protocol):
         name: What users call it.
         formats: The layouts (`Artifact.format`) that it reads, preferred first. A checkpoint
             that is in none of them is converted to the first that phirt can write.
-        kv_precisions: Those of `KV_PRECISIONS` that a load may ask for; of some, only for some
-            artifacts or devices, which `load` then says.
+        kv_precisions: Those of `KV_PRECISIONS` that a load may ask for, and the kinds of devices
+            on which. Not every artifact need have them: `load` says so.
     """
 
     name: ClassVar[str]
     formats: ClassVar[tuple[str, ...]]
-    kv_precisions: ClassVar[tuple[str, ...]]
+    kv_precisions: ClassVar[Mapping[str, tuple[str, ...]]]
 
     def probe(self) -> list[Availability]:
         """What this machine offers to the runtime. Never raises for a missing runtime."""

@@ -171,6 +171,7 @@ class TestLoad:
             ({"threads": 2**40}, ValueError, "from 1 to"),
             ({"threads": 1.5}, TypeError, "1.5"),
             ({"spinning": "no"}, TypeError, "'no'"),
+            ({"pinning": 1}, TypeError, "pinning must be True, False or None"),
         ],
     )
     def test_settings_that_cannot_be(self, tiny_model, options, error, message):

@@ -121,9 +121,11 @@ def _ranges_on(
         layers = session.export_kv().layers
     finally:
         session.close()
+    # Of a graph with other nodes of attention than layers, nothing is known.
+    dims = rotary_dims if len(rotary_dims) == len(layers) else [None] * len(layers)
     return [
         KVLayer(start=0, key=_range_of(_bounds(layer.key, dim)), value=_range_of(layer.value))
-        for layer, dim in zip(layers, rotary_dims, strict=True)
+        for layer, dim in zip(layers, dims, strict=True)
     ]
 
 

@@ -129,11 +129,12 @@ def _row(measurement: Measurement, form: str) -> tuple[str, ...]:
     longest, shortest = measurement.points[-1], measurement.points[0]
     threads = "" if setting.threads is None else str(setting.threads)
     spins = {None: "", True: "spin", False: "sleep"}[setting.spinning]
+    pins = {None: "", True: "pin", False: "float"}[setting.pinning]
     return (
         plain(measurement.backend),
         plain(measurement.device),
         plain(form),
-        f"{threads} {spins}".strip(),
+        " ".join(filter(None, (threads, spins, pins))),
         f"{longest.tokens / longest.prefill_s:,.0f}",
         f"{1 / shortest.decode_s:,.1f}",
         *(f"{predict_seconds(measurement, optimize):.2f}" for optimize in WORKLOADS),

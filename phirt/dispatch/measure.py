@@ -16,11 +16,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from phirt.devices.child import end_with_parent, run_child
 from phirt.devices.record_json import from_json, to_json
@@ -45,9 +46,9 @@ __all__ = ["Effort", "Task", "main", "measure", "measure_apart"]
 
 # Which settings a backend does anything with. Of a plugin nothing is known.
 _KNOBS = {
-    "onnxruntime": ("threads", "spinning"),
+    "onnxruntime": ("threads", "spinning", "pinning"),
     "onnxruntime-genai": ("threads", "spinning"),
-    "openvino": ("threads",),
+    "openvino": ("threads", "pinning"),
     "transformers": ("threads",),
 }
 # A prompt that took longer is the last of its candidate: longer ones would take minutes, and a
@@ -172,7 +173,9 @@ def measure(task: Task) -> Iterator[Measurement]:
     backend = get_backend(task.backend)
 
     def load(setting: Setting) -> LoadedModel:
-        options = LoadOptions(threads=setting.threads, spinning=setting.spinning)
+        options = LoadOptions(
+            threads=setting.threads, spinning=setting.spinning, pinning=setting.pinning
+        )
         return backend.load(task.artifact, task.device, options)
 
     started = time.perf_counter()
@@ -203,7 +206,7 @@ def measure(task: Task) -> Iterator[Measurement]:
 
 
 def _settings(task: Task, found: Sequence[Measurement]) -> Iterator[Setting]:
-    """Settings to try: the default, numbers of threads, then spinning with the best of them.
+    """Settings to try: the default, numbers of threads, and what else there is with the best.
 
     Args:
         task: What is timed.
@@ -219,9 +222,16 @@ def _settings(task: Task, found: Sequence[Measurement]) -> Iterator[Setting]:
             yield Setting(threads=count)
             left -= 1
     if "spinning" in knobs:
-        best = min(found, key=lambda m: predict_seconds(m, "latency")).setting
+        best = _best(found)
         for spinning in (True, False)[:left]:
-            yield Setting(threads=best.threads, spinning=spinning)
+            yield replace(best, spinning=spinning)
+            left -= 1
+    if "pinning" in knobs and left > 0 and hasattr(psutil.Process, "cpu_affinity"):
+        yield replace(_best(found), pinning=True)
+
+
+def _best(found: Sequence[Measurement]) -> Setting:
+    return min(found, key=lambda m: predict_seconds(m, "latency")).setting
 
 
 def _points(model: LoadedModel, effort: Effort) -> tuple[Point, ...]:

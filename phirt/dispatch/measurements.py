@@ -79,10 +79,12 @@ class Setting:
     Attributes:
         threads: As in `LoadOptions`; None for the runtime's default.
         spinning: As in `LoadOptions`.
+        pinning: As in `LoadOptions`.
     """
 
     threads: int | None = None
     spinning: bool | None = None
+    pinning: bool | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,7 +125,7 @@ class Measurement:
         device: Device name.
         version: Of the runtime, or None where it does not tell.
         hardware: `hardware_id` of the machine.
-        setting: Threads and spinning.
+        setting: Threads, spinning and pinning.
         points: At least one, by ascending length.
         batch: Of several sequences; None without the capability ``batch``.
         when: When, in UTC, ``"2026-11-22T03:00:00Z"``.

@@ -36,6 +36,8 @@ __all__ = ["OFFERED", "Accepts", "listed_as", "make_plan", "offer_of"]
 Accepts: TypeAlias = Callable[[PlannedArtifact, str, str], Accept | Reject]
 """``f(artifact, backend, device)``: whether the backend's adapter takes it there."""
 
+_KV_FIX = 'Leave kv_precision at "auto", or name another backend.'
+
 OFFERED = ("found", "loads", "ran")
 """What a probe says of a device that a load may be tried on."""
 
@@ -165,8 +167,7 @@ class _Judge:
         wanted = self.request.kv_precision
         if wanted == "auto" or wanted in _kv_precisions(record):
             return None
-        fix = 'Leave kv_precision at "auto", or name another backend.'
-        return _Exclusion("runtime", f"it keeps no KV cache in {wanted}", fix)
+        return _Exclusion("runtime", f"it keeps no KV cache in {wanted}", _KV_FIX)
 
     def _is_meant(self, offer: Availability) -> bool:
         return self.device.kind == "auto" or self.device.is_one_of([offer.device])
@@ -224,6 +225,10 @@ class _Judge:
         if tier is Tier.BY_NAME and self.device.kind == "auto":
             reason = "it is used by name only: there the runtime chooses"
             yield _out("request", name, device, reason)
+            return
+        wanted = self.request.kv_precision
+        if wanted != "auto" and DeviceName.parse(device).kind not in _kv_precisions(record)[wanted]:
+            yield _out("runtime", name, device, f"it keeps no KV cache in {wanted} there", _KV_FIX)
             return
         fault = self._fault(record, offer)
         if fault is not None:
@@ -379,10 +384,10 @@ class _Exclusion:
     fix: str | None = None
 
 
-def _kv_precisions(record: BackendRecord) -> tuple[str, ...]:
+def _kv_precisions(record: BackendRecord) -> Mapping[str, tuple[str, ...]]:
     with contextlib.suppress(UnknownBackendError):  # a plugin of the machine that was recorded
         return kv_precisions_of(record.backend, imports=not record.is_fatal)
-    return ()
+    return {}
 
 
 def offer_of(offered: Sequence[Availability], device: DeviceName) -> Availability | None:

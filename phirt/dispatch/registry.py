@@ -49,13 +49,13 @@ _FORMATS = {
     "reference": ("safetensors",),
 }
 # And in `Backend.kv_precisions`.
-_KV_PRECISIONS = {
-    "onnxruntime": ("fp32", "int8"),
-    "openvino": ("fp32", "fp16", "int8"),
-    "onnxruntime-genai": (),
-    "mlx": (),
-    "transformers": (),
-    "reference": (),
+_KV_PRECISIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+    "onnxruntime": {"fp32": ("cpu",), "int8": ("cpu",)},
+    "openvino": {"fp32": ("cpu",), "fp16": ("cpu",), "int8": ("cpu",)},
+    "onnxruntime-genai": {},
+    "mlx": {},
+    "transformers": {},
+    "reference": {},
 }
 # Written to be read and compared with, not to be fast: used where it is named.
 _ONLY_BY_NAME = ("reference",)
@@ -128,8 +128,8 @@ def formats_of(name: str, *, imports: bool = True) -> tuple[str, ...]:
         return ()
 
 
-def kv_precisions_of(name: str, *, imports: bool = True) -> tuple[str, ...]:
-    """The precisions of a KV cache that a backend may be asked for.
+def kv_precisions_of(name: str, *, imports: bool = True) -> Mapping[str, tuple[str, ...]]:
+    """The precisions of a KV cache that a backend may be asked for, and on what kinds of devices.
 
     Args:
         name: As for `formats_of`.
@@ -141,12 +141,12 @@ def kv_precisions_of(name: str, *, imports: bool = True) -> tuple[str, ...]:
     if name in _KV_PRECISIONS:
         return _KV_PRECISIONS[name]
     if not imports:
-        return ()
+        return {}
     try:
         # A plugin may be older than this attribute.
-        return tuple(getattr(get_backend(name), "kv_precisions", ()))
+        return dict(getattr(get_backend(name), "kv_precisions", {}))
     except BackendBrokenError:
-        return ()
+        return {}
 
 
 def _plugins() -> Mapping[str, str]:

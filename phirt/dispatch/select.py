@@ -252,6 +252,7 @@ class PlanLoader:
             given,
             threads=tuned.threads if given.threads is None else given.threads,
             spinning=tuned.spinning if given.spinning is None else given.spinning,
+            pinning=tuned.pinning if given.pinning is None else given.pinning,
         )
 
     def _check_answer(

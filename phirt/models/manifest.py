@@ -191,7 +191,15 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not path.exists():
         return None
     data = read_bytes(path, max_bytes=MAX_JSON_BYTES)
-    return _KNOWN.of(data, lambda: _parse(data, path))
+    known = _KNOWN.of(data, lambda: _parse(data, path))
+    # What is kept stays as it is, whatever a caller does to what it is given.
+    return replace(
+        known,
+        source=dict(known.source),
+        versions=dict(known.versions),
+        build=dict(known.build),
+        files=dict(known.files),
+    )
 
 
 _KNOWN: Remembered[Manifest] = Remembered()

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 from phirt.backends import kv_ranges
@@ -102,6 +103,15 @@ class TestRanges:
             dim if by_the_node else None for dim, by_the_node in zip(dims, rotates, strict=True)
         )
 
+    def test_of_a_graph_that_does_not_say_it_of_every_layer_nothing_is_believed(self, made):
+        model = load(made("llama"), LoadOptions())
+        folder = read_folder(made("llama"))
+        dims = read_nodes(made("llama") / "model.onnx").rotary_dims
+        told = kv_ranges.find_ranges(model, folder, dims)
+        wide = kv_ranges.find_ranges(model, folder, (16,))
+        assert (wide.layers[0].key >= told.layers[0].key).all()
+        assert np.ptp(wide.layers[0].key, axis=-1).max() == 0
+
     def test_they_are_found_once_and_kept(self, made, monkeypatch):
         ids = random_ids(24)
         first = keys_after(load(made("llama")), ids)
@@ -176,20 +186,48 @@ class TestOnnxruntime:
         assert np.abs(expected - keys_after(model, ids)[0]).mean() < 1e-5
         assert np.abs(expected - rounded).mean() > 1e-4
 
-    def test_what_keeps_no_such_cache(self, made, tmp_path):
-        """A graph in which something else reads the cache, too."""
-        import onnx
+    @pytest.fixture
+    def edited(self, made, tmp_path):
+        """``edited(change)``: a llama with another graph; no text is run through it in vain."""
 
-        folder = tmp_path / "edited"
-        shutil.copytree(made("llama"), folder)
-        (folder / "phirt.json").unlink()
-        model = onnx.load(folder / "model.onnx", load_external_data=False)
-        model.graph.node.append(
-            onnx.helper.make_node("Identity", ["past_key_values.1.key"], ["unused"])
-        )
-        onnx.save(model, folder / "model.onnx")
+        def write(change):
+            folder = tmp_path / "edited"
+            shutil.copytree(made("llama"), folder)
+            (folder / "phirt.json").unlink()
+            model = onnx.load(folder / "model.onnx", load_external_data=False)
+            change(model.graph)
+            onnx.save(model, folder / "model.onnx")
+            return folder
+
+        return write
+
+    def test_a_cache_that_something_else_reads(self, edited, monkeypatch):
+        def change(graph):
+            node = onnx.helper.make_node("Identity", ["past_key_values.1.key"], ["unused"])
+            graph.node.append(node)
+
+        monkeypatch.setattr(adapter, "find_ranges", None)
         with pytest.raises(UnsupportedModelError, match="with Identity: only GroupQuery"):
+            load(edited(change))
+
+    def test_a_cache_that_something_else_gives_out(self, edited, monkeypatch):
+        def change(graph):
+            attention = next(node for node in graph.node if node.op_type == "GroupQueryAttention")
+            attention.output[1] = "inner"
+            graph.node.append(onnx.helper.make_node("Identity", ["inner"], ["present.0.key"]))
+
+        folder = edited(change)
+        load(folder, LoadOptions()).close()
+        monkeypatch.setattr(adapter, "find_ranges", None)
+        with pytest.raises(UnsupportedModelError, match="goes on with the KV cache inner"):
             load(folder)
+
+    def test_a_runtime_that_is_too_old(self, made, monkeypatch):
+        import onnxruntime
+
+        monkeypatch.setattr(onnxruntime, "__version__", "1.26.0")
+        with pytest.raises(UnsupportedModelError, match=r"1\.26\.0 keeps no .* 1\.31 does"):
+            load(made("llama"))
 
     def test_a_graph_without_the_cache(self, made):
         graph = (made("llama") / "model.onnx").read_bytes()
@@ -205,6 +243,7 @@ class TestOnnxruntime:
     def test_a_cache_of_float16_becomes_none_of_8_bits(self, made):
         with pytest.raises(UnsupportedModelError, match="not of float32"):
             load(made("llama", precision="fp16"))
+        assert kept_files() == []
 
 
 class TestOpenVino:
@@ -220,11 +259,19 @@ class TestOpenVino:
         model.close()
         assert told.get_type_name() == kept
 
+    def test_it_is_not_said_twice(self, made):
+        require("openvino")
+        backend = get_backend("openvino")
+        artifact = read_artifact(backend, made("llama", "openvino"))
+        both = LoadOptions(kv_precision="int8", extra={"KV_CACHE_PRECISION": "f32"})
+        with pytest.raises(ValueError, match="the same thing twice"):
+            backend.load(artifact, "cpu", both)
+
     def test_not_where_nobody_tried_it(self, made):
         require("openvino")
         backend = get_backend("openvino")
         artifact = read_artifact(backend, made("llama", "openvino"))
-        with pytest.raises(UnsupportedModelError, match="on AUTO nobody"):
+        with pytest.raises(UnsupportedModelError, match="on device 'openvino-auto'"):
             backend.load(artifact, "openvino-auto", INT8)
 
 
@@ -234,12 +281,14 @@ def test_a_backend_says_what_it_has_not(name):
     for precision in ("fp32", "fp16", "int8"):
         options = LoadOptions(kv_precision=precision)
         if precision in backend.kv_precisions:
-            check_kv_precision(backend, options)
-            continue
-        with pytest.raises(UnsupportedModelError, match=f"{name!r} keeps no KV cache in"):
-            check_kv_precision(backend, options)
+            check_kv_precision(backend, "cpu", options)
+        else:
+            with pytest.raises(UnsupportedModelError, match=f"{name!r} keeps no KV cache in"):
+                check_kv_precision(backend, "cpu", options)
+        with pytest.raises(UnsupportedModelError, match="on device 'cuda:1': it has no choice"):
+            check_kv_precision(backend, "cuda:1", options)
     with pytest.raises(ValueError, match="'int9' is not one of fp32, fp16, int8"):
-        check_kv_precision(backend, LoadOptions(kv_precision="int9"))
+        check_kv_precision(backend, "cpu", LoadOptions(kv_precision="int9"))
 
 
 @pytest.mark.parametrize("name", backend_names())

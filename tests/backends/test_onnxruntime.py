@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import psutil
 import pytest
 
 from phirt.backends.onnxruntime.adapter import OnnxRuntimeBackend, OrtModel
@@ -17,7 +19,7 @@ from phirt.errors import ModelFormatError, UnsupportedModelError
 from phirt.models.folder import read_folder
 from phirt.protocols import LoadOptions, ModelInfo
 from phirt.testing import write_tiny_checkpoint
-from phirt.testing.subject import Oracle, random_ids
+from phirt.testing.subject import Oracle, random_ids, read_artifact
 from tests.backends.onnxruntime_exports import write_export
 
 _FLOAT16, _BFLOAT16 = onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16
@@ -297,3 +299,50 @@ def test_what_it_says_of_itself(genai_folders: Callable[[str], Path]) -> None:
     assert set(model.placement().nodes) == {"CPUExecutionProvider"}
     assert model.capabilities.kv
     assert model.capabilities.batch
+
+
+def processors(thread: int | None = None) -> list[int]:
+    """Those that a thread may run on; of None, this process."""
+    process: Any = psutil.Process(thread)  # Linux's and Windows's have the method
+    return list(process.cpu_affinity())
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="it is read from Linux's /proc")
+@pytest.mark.skipif(os.cpu_count() == 1, reason="with one processor there is nothing to bind to")
+class TestPinning:
+    """Worker threads that are bound to processors, as the system tells."""
+
+    def bound(self, folder: Path, **options: Any) -> list[int]:
+        """How many processors each new thread may run on."""
+        before = set(Path("/proc/self/task").iterdir())
+        backend = OnnxRuntimeBackend()
+        model = backend.load(read_artifact(backend, folder), "cpu", LoadOptions(**options))
+        new = set(Path("/proc/self/task").iterdir()) - before
+        found = [len(processors(int(task.name))) for task in new]
+        model.close()
+        return found
+
+    def test_each_to_one(self, genai_folders: Callable[[str], Path]) -> None:
+        found = self.bound(genai_folders("llama"), threads=3, pinning=True)
+        assert found == [1, 1]
+
+    def test_none(self, genai_folders: Callable[[str], Path]) -> None:
+        every = len(processors())
+        assert self.bound(genai_folders("llama"), threads=3, pinning=False) == [every, every]
+        assert set(self.bound(genai_folders("llama"), pinning=False)) <= {every}
+
+    def test_what_the_user_says_in_the_runtimes_words_goes_before(
+        self, genai_folders: Callable[[str], Path]
+    ) -> None:
+        extra = {"session.intra_op_thread_affinities": "1"}
+        assert self.bound(genai_folders("llama"), threads=2, pinning=True, extra=extra) == [1]
+
+
+def test_a_system_that_binds_no_threads(
+    genai_folders: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(psutil.Process, "cpu_affinity", raising=False)
+    backend = OnnxRuntimeBackend()
+    artifact = read_artifact(backend, genai_folders("llama"))
+    with pytest.raises(ValueError, match="this system binds no threads"):
+        backend.load(artifact, "cpu", LoadOptions(threads=2, pinning=True))

@@ -103,7 +103,11 @@ def test_a_table_and_what_follows_from_it(run):
 def test_the_same_as_json(run):
     _, out, _ = run("--json")
     document = json.loads(out)
-    assert document["measurements"][0]["setting"] == {"threads": 2, "spinning": False}
+    assert document["measurements"][0]["setting"] == {
+        "threads": 2,
+        "spinning": False,
+        "pinning": None,
+    }
     assert document["failures"][0]["backend"] == "mlx"
     assert document["plan"]["candidates"][0]["status"] == "chosen"
 

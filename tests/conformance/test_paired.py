@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import ClassVar
 
 from phirt.backends.paired import PairedModel
@@ -23,7 +25,7 @@ class _Pair:
 
     name: ClassVar[str] = "paired"
     formats: ClassVar[tuple[str, ...]] = ()
-    kv_precisions: ClassVar[tuple[str, ...]] = ()
+    kv_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
     prefill: ClassVar[str]
     decode: ClassVar[str]
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import pytest
 
 from phirt.dispatch import measure as measuring
@@ -52,9 +53,13 @@ def test_prefill_and_decode_are_timed_at_every_length_and_for_several_rows():
 def test_it_is_done_in_a_process_of_its_own():
     require("onnxruntime")
     found = measure_apart(task("onnxruntime", layout="onnx-genai"))
-    # The runtime's own settings; cores, logical processors, half the cores; spinning or not.
+    # The runtime's own settings; cores, logical processors, half the cores; spinning or not; and
+    # threads that are bound to processors, where the system has such.
     assert [each.setting.threads for each in found[:4]] == [None, 2, 4, 1]
-    assert [each.setting.spinning for each in found] == [None] * 4 + [True, False]
+    spinning = [each.setting.spinning for each in found]
+    assert spinning[:6] == [None] * 4 + [True, False]
+    pins = [True] if hasattr(psutil.Process, "cpu_affinity") else []
+    assert [each.setting.pinning for each in found] == [None] * 6 + pins
 
 
 def test_the_number_of_settings_is_bounded():

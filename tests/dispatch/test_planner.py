@@ -71,6 +71,14 @@ class TestKvPrecision:
         assert out.reason == "it keeps no KV cache in fp16"
         assert out.fix == 'Leave kv_precision at "auto", or name another backend.'
 
+    def test_nor_on_devices_where_nobody_has_it(self):
+        plan = plan_of(record("onnxruntime", "cuda", "cpu"), kv_precision="int8")
+        assert order(plan) == ["onnxruntime on cpu"]
+        assert row(plan, "onnxruntime", "cuda").reason == "it keeps no KV cache in int8 there"
+        gpu = plan_of(record("openvino", "gpu", "cpu"), kv_precision="fp16", device="gpu")
+        assert order(gpu) == []
+        assert row(gpu, "openvino", "gpu").stage == "runtime"
+
     def test_a_plugin_of_another_machine_keeps_none(self):
         plan = plan_of(CPU, record("theirs", "cpu"), kv_precision="int8")
         assert row(plan, "theirs").reason == "it keeps no KV cache in int8"

@@ -50,10 +50,10 @@ def test_what_a_cache_may_be_kept_in_is_known_without_its_adapter(name):
 
 def test_a_plugin_may_know_nothing_of_precisions_of_a_cache(plugin):
     plugin("mine", "tests.dispatch.fake_backend:FakeBackend")
-    assert registry.kv_precisions_of("mine") == ()
-    assert registry.kv_precisions_of("mine", imports=False) == ()
+    assert registry.kv_precisions_of("mine") == {}
+    assert registry.kv_precisions_of("mine", imports=False) == {}
     plugin("mine", "no.such.module:Thing")
-    assert registry.kv_precisions_of("mine") == ()
+    assert registry.kv_precisions_of("mine") == {}
     with pytest.raises(UnknownBackendError):
         registry.kv_precisions_of("yours")
 

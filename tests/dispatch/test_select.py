@@ -460,7 +460,7 @@ class TestSettings:
         prefill_tokens_per_s=100,
         decode_tokens_per_s=10,
         seconds=1,
-        setting=Setting(threads=3, spinning=True),
+        setting=Setting(threads=3, spinning=True, pinning=True),
         when="2026-11-22T03:00:00Z",
     )
 
@@ -476,8 +476,8 @@ class TestSettings:
 
     def test_what_was_measured_best_is_used(self, bench):
         used = self.load(bench, LoadOptions())
-        assert (used.threads, used.spinning) == (3, True)
+        assert (used.threads, used.spinning, used.pinning) == (3, True, True)
 
     def test_what_the_user_said_goes_before(self, bench):
-        used = self.load(bench, LoadOptions(threads=1, spinning=False))
-        assert (used.threads, used.spinning) == (1, False)
+        used = self.load(bench, LoadOptions(threads=1, spinning=False, pinning=False))
+        assert (used.threads, used.spinning, used.pinning) == (1, False, False)

@@ -29,6 +29,12 @@ def test_what_is_written_is_read_back(folder, written):
     assert "phirt.json" not in written.files
 
 
+def test_what_a_caller_does_to_one_is_not_read_back(folder, written):
+    for name in ("files", "versions", "source", "build"):
+        getattr(read_manifest(folder), name).clear()
+    assert read_manifest(folder) == written
+
+
 def test_sealing_adds_hash_time_name_and_template(folder, written):
     seal_manifest(folder, name="tiny")
     sealed = read_manifest(folder)

@@ -9,6 +9,8 @@ weights are read by phirt, which checks them, and only mlx-lm's layers compute
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -66,7 +68,7 @@ class MlxBackend:
 
     name: ClassVar[str] = _NAME
     formats: ClassVar[tuple[str, ...]] = _FORMATS
-    kv_precisions: ClassVar[tuple[str, ...]] = ()
+    kv_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
 
     def probe(self) -> list[Availability]:
         """Whether MLX imports, and which devices it names."""
@@ -115,7 +117,7 @@ class MlxBackend:
             OutOfMemoryError: The weights do not fit.
             ValueError: ``options.extra`` is not empty: there is nothing to set.
         """
-        check_kv_precision(self, options)
+        check_kv_precision(self, device, options)
         if options.extra:
             raise ValueError(f"The backend 'mlx' has no settings, not {sorted(options.extra)}.")
         folder = read_folder(artifact.path, name=artifact.name, formats=_FORMATS)

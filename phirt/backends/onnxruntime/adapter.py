@@ -9,11 +9,15 @@ a new, longer cache, which is the next step's past.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
+
+import numpy as np
 
 from phirt.backends.base import BaseModel
 from phirt.backends.execution import InTurn, Parallel
@@ -37,7 +41,11 @@ from phirt.backends.onnxruntime.providers import (
     installed,
     read_placement,
 )
-from phirt.backends.onnxruntime.quantized_cache import quantized_graph, scales_of
+from phirt.backends.onnxruntime.quantized_cache import (
+    check_version,
+    quantized_graph,
+    scales_of,
+)
 from phirt.backends.onnxruntime.session import GrowingSession, OrtSession, SharedSession
 from phirt.devices.names import DeviceName
 from phirt.errors import BackendBrokenError, BackendNotInstalledError, UnsupportedModelError
@@ -74,7 +82,9 @@ class OnnxRuntimeBackend:
 
     name: ClassVar[str] = _NAME
     formats: ClassVar[tuple[str, ...]] = ("onnx-genai", "onnx")
-    kv_precisions: ClassVar[tuple[str, ...]] = ("fp32", "int8")
+    kv_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+        {"fp32": ("cpu",), "int8": ("cpu",)}
+    )
 
     def probe(self) -> list[Availability]:
         """Which devices the installed wheel and plugins serve, none of them tried."""
@@ -119,7 +129,7 @@ class OnnxRuntimeBackend:
         """
         ort = _import()
         settings = Settings.of(options)
-        check_kv_precision(self, options)
+        check_kv_precision(self, device, options)
         provider = find_provider(ort, device)
         folder = read_folder(artifact.path, formats=self.formats)
         path = _graph_path(folder)
@@ -135,13 +145,15 @@ def _with_quantized_cache(
     """The model with its KV cache in 8 bits, by scales that are found first, once for a model."""
     path = _graph_path(folder)
     nodes = read_nodes(path)
-    if not (provider.is_cpu and _shares_buffer(folder)) or nodes.least_capacity:
+    if not _shares_buffer(folder) or nodes.least_capacity:
         raise UnsupportedModelError(
-            f"{path}: onnxruntime keeps a KV cache of 8 bits on the CPU, for graphs that share one "
-            "buffer between past and present and roll nothing on in it. Load it without "
-            "kv_precision."
+            f"{path}: onnxruntime keeps a KV cache of 8 bits for graphs that share one buffer "
+            "between past and present and roll nothing on in it. Load it without kv_precision."
         )
-    graph = path.read_bytes()
+    check_version(ort)
+    graph, names = path.read_bytes(), cache_inputs(folder)
+    # Whether it can be done is known before anything is run.
+    quantized_graph(graph, dict.fromkeys(names, np.ones((1, 1, 1), np.float32)))
     ranges = kept_ranges(folder, _info_of(folder, nodes, vocab_size=folder.facts.vocab_size))
     if ranges is None:
         # Products in floats: this is one long prompt, and nothing is decoded.
@@ -153,7 +165,7 @@ def _with_quantized_cache(
             model.close()
         keep_ranges(folder, ranges)
     scales = scales_of(ranges)
-    quantized = quantized_graph(graph, dict(zip(cache_inputs(folder), scales, strict=True)))
+    quantized = quantized_graph(graph, dict(zip(names, scales, strict=True)))
     return OrtModel(ort, folder, provider, device, settings, graph=quantized, kv_scales=scales)
 
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
+
 from phirt.protocols import LoadOptions
 
 __all__ = ["Settings", "session_options"]
@@ -14,6 +16,7 @@ __all__ = ["Settings", "session_options"]
 # (docs/performance.md): alone it decodes as fast as with onnxruntime's own, far longer
 # spinning, and beside one busy process 1.5 times as fast.
 _SPIN_US = "10"
+_AFFINITIES = "session.intra_op_thread_affinities"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +26,8 @@ class Settings:
     Attributes:
         threads: Threads within one operator, or None for onnxruntime's default.
         spinning: Whether idle worker threads spin; None for a short while.
+        pinning: Whether worker threads are bound to a processor each, or None for
+            onnxruntime's default, which binds them where it chooses how many there are.
         provider_options: The execution provider's own options.
         tokens_per_run: Most tokens of one run, or None.
         float_prefill_from: How many tokens of a prompt run with float activations, or None.
@@ -32,6 +37,7 @@ class Settings:
 
     threads: int | None
     spinning: bool | None
+    pinning: bool | None
     provider_options: Mapping[str, Any]
     tokens_per_run: int | None
     float_prefill_from: int | None
@@ -64,6 +70,7 @@ class Settings:
         return cls(
             threads=options.threads,
             spinning=options.spinning,
+            pinning=options.pinning,
             provider_options=provider_options,
             tokens_per_run=limit,
             float_prefill_from=from_floats,
@@ -86,8 +93,14 @@ def session_options(ort: Any, settings: Settings) -> Any:
     # Errors reach the caller as exceptions; a library does not write to stderr as well.
     options.log_severity_level = 4
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if settings.threads is not None:
-        options.intra_op_num_threads = settings.threads
+    threads = settings.threads
+    if settings.pinning is not None:
+        # Told a number, onnxruntime binds none by itself.
+        threads = threads or psutil.cpu_count(logical=False) or 1
+        if settings.pinning and threads > 1 and _AFFINITIES not in settings.config:
+            options.add_session_config_entry(_AFFINITIES, _affinities(threads))
+    if threads is not None:
+        options.intra_op_num_threads = threads
     if settings.spinning is None:
         options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_US)
     else:
@@ -97,3 +110,17 @@ def session_options(ort: Any, settings: Settings) -> Any:
     for key, value in settings.config.items():
         options.add_session_config_entry(key, value)
     return options
+
+
+def _affinities(threads: int) -> str:
+    """A processor for each thread but the first, which is the caller's, as onnxruntime counts them.
+
+    Raises:
+        ValueError: The system binds no threads.
+    """
+    process: Any = psutil.Process()
+    if not hasattr(process, "cpu_affinity"):
+        raise ValueError("pinning=True: this system binds no threads. Pass None or False.")
+    allowed = process.cpu_affinity() or [0]
+    # Its processors begin at 1.
+    return ";".join(str(allowed[index % len(allowed)] + 1) for index in range(1, threads))

@@ -7,7 +7,9 @@ they are loaded, so that one artifact serves both.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -24,17 +26,20 @@ from phirt.models.protobuf import (
 from phirt.protocols import KVCache
 from phirt.types import FloatArray
 
-__all__ = ["quantized_graph", "scales_of"]
+__all__ = ["check_version", "quantized_graph", "scales_of"]
 
 # A text that is unlike the calibration's may go beyond its ranges; what goes further is cut off.
 _MARGIN = np.float32(1.1)
 _LARGEST = np.float32(127)
 _LEAST_SCALE = np.float32(1e-8)
+# 1.26 opens the graph and fails at the first run; 1.31 was tried, and what lies between was not.
+_LEAST_VERSION = (1, 31)
 
 # Field numbers and values of onnx.proto.
 _MODEL_GRAPH = 7
 _GRAPH_NODE, _GRAPH_INITIALIZER = 1, 5
-_GRAPH_VALUES = (11, 12, 13)  # inputs, outputs, and what lies between
+_GRAPH_OUTPUT = 12
+_GRAPH_VALUES = (11, _GRAPH_OUTPUT, 13)  # inputs, outputs, and what lies between
 _NODE_INPUT, _NODE_OUTPUT, _NODE_TYPE, _NODE_ATTRIBUTE = 1, 2, 4, 5
 _ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_TEXT, _ATTRIBUTE_KIND = 1, 3, 4, 20
 _KIND_INT, _KIND_TEXT = 2, 3
@@ -46,6 +51,21 @@ _FLOAT, _INT8 = 1, 3
 # Inputs of GroupQueryAttention: the cache's two, and their scales.
 _PAST = (3, 4)
 _FIRST_SCALE = 12
+
+
+def check_version(ort: Any) -> None:
+    """Refuse an onnxruntime that opens such a graph and fails when it runs it.
+
+    Raises:
+        UnsupportedModelError: It is too old.
+    """
+    numbers = re.findall(r"[0-9]+", ort.__version__)[:2]
+    if tuple(map(int, numbers)) < _LEAST_VERSION:
+        least = ".".join(map(str, _LEAST_VERSION))
+        raise UnsupportedModelError(
+            f"onnxruntime {ort.__version__} keeps no KV cache of 8 bits on the CPU; {least} does. "
+            "Update it, or load without kv_precision."
+        )
 
 
 def scales_of(ranges: KVCache) -> tuple[FloatArray, ...]:
@@ -82,37 +102,48 @@ def quantized_graph(graph: bytes, scales: Mapping[str, FloatArray]) -> bytes:
 
 
 def _quantized(data: bytes, graph: Field, scales: Mapping[str, FloatArray]) -> bytes:
-    parts, outputs, rewritten = [], set(), set()
+    nodes = [field for field in fields(data, graph.start, graph.end) if field.number == _GRAPH_NODE]
+    reads = {node: _texts(data, node, _NODE_INPUT) for node in nodes}
+    readers = [node for node in nodes if not scales.keys().isdisjoint(reads[node])]
+    for node in readers:
+        _check_reader(data, node, reads[node], scales)
+    found = {name for node in readers for name in reads[node]}
+    if missing := sorted(scales.keys() - found):
+        raise UnsupportedModelError(
+            f"The graph has no attention that reads {missing[0]}. Load it without kv_precision."
+        )
+    # The cache that a node writes is of the type of the one that it reads.
+    written = {name for node in readers for name in _texts(data, node, _NODE_OUTPUT)[1:3]}
+    outputs = {
+        name
+        for field in fields(data, graph.start, graph.end)
+        if field.number == _GRAPH_OUTPUT
+        for name in _texts(data, field, _VALUE_NAME)
+    }
+    read_on = written & set().union(*reads.values())
+    if strange := sorted(read_on | (written - outputs)):
+        raise UnsupportedModelError(
+            f"The graph goes on with the KV cache {strange[0]} that attention has written: only "
+            "one that it gives out as it is can be of 8 bits. Load it without kv_precision."
+        )
+    parts = []
     for field in fields(data, graph.start, graph.end):
-        part = copy_of(data, field)
-        if field.number == _GRAPH_NODE:
-            inputs = _texts(data, field, _NODE_INPUT)
-            read = [name for name in inputs if name in scales]
-            if read:
-                _check_reader(data, field, inputs, read)
-                part = encode_bytes(_GRAPH_NODE, _with_scales(data, field, inputs))
-                # The cache that it writes is of the type of the one that it reads.
-                outputs.update(_texts(data, field, _NODE_OUTPUT)[1:3])
-                rewritten.update(read)
-        parts.append(part)
-    if missing := sorted(scales.keys() - rewritten):
-        raise UnsupportedModelError(f"The graph has no attention that reads {missing[0]}.")
-    cached = outputs | scales.keys()
-    # Nodes were passed over for the names of their outputs; now what describes those.
-    walked = zip(fields(data, graph.start, graph.end), parts, strict=True)
-    typed = [
-        encode_bytes(field.number, _as_int8(data, field, cached))
-        if field.number in _GRAPH_VALUES
-        else part
-        for field, part in walked
-    ]
-    constants = [encode_bytes(_GRAPH_INITIALIZER, _tensor(*each)) for each in scales.items()]
-    return b"".join([*typed, *constants])
+        if field in readers:
+            parts.append(encode_bytes(_GRAPH_NODE, _with_scales(data, field, reads[field])))
+        elif field.number in _GRAPH_VALUES:
+            parts.append(encode_bytes(field.number, _as_int8(data, field, written | scales.keys())))
+        else:
+            parts.append(copy_of(data, field))
+    parts += [encode_bytes(_GRAPH_INITIALIZER, _tensor(*each)) for each in scales.items()]
+    return b"".join(parts)
 
 
-def _check_reader(data: bytes, node: Field, inputs: list[str], read: list[str]) -> None:
+def _check_reader(
+    data: bytes, node: Field, inputs: list[str], scales: Mapping[str, FloatArray]
+) -> None:
     kind = _texts(data, node, _NODE_TYPE)
-    if kind == ["GroupQueryAttention"] and [inputs[index] for index in _PAST] == read:
+    read = [name for name in inputs if name in scales]
+    if kind == ["GroupQueryAttention"] and inputs[_PAST[0] : _PAST[1] + 1] == read:
         return
     raise UnsupportedModelError(
         f"The graph reads its KV cache {read[0]} with {''.join(kind) or 'no operator'}: only "

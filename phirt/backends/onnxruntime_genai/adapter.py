@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import re
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -86,7 +88,7 @@ class OnnxRuntimeGenaiBackend:
 
     name: ClassVar[str] = _NAME
     formats: ClassVar[tuple[str, ...]] = (_FORMAT,)
-    kv_precisions: ClassVar[tuple[str, ...]] = ()
+    kv_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
 
     def probe(self) -> list[Availability]:
         """Which devices the installed build has code for, and plugins have hardware for."""
@@ -126,7 +128,7 @@ class OnnxRuntimeGenaiBackend:
             DevicePlacementError: The graph runs elsewhere than on ``device``.
             ValueError: ``options.extra`` has a setting that does not exist.
         """
-        check_kv_precision(self, options)
+        check_kv_precision(self, device, options)
         og = _import()
         folder = read_folder(artifact.path, formats=self.formats)
         spec = folder.decoder

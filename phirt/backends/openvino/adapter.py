@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from phirt.backends.base import BaseModel
@@ -25,7 +26,6 @@ from phirt.errors import (
     BackendNotInstalledError,
     DeviceNotAvailableError,
     DevicePlacementError,
-    UnsupportedModelError,
 )
 from phirt.models.folder import ModelFolder, read_folder
 from phirt.models.store import Store
@@ -52,9 +52,10 @@ _KINDS = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU", "openvino-auto": "AUTO"}
 # Left alone, the CPU plugin computes in bfloat16 where the processor can, keeps keys and values
 # in 8 bits, and pins its threads to cores, where they wait for whatever else runs on those.
 # docs/backends/openvino.md has what each costs.
+_KV_PRECISION = "KV_CACHE_PRECISION"
 _CPU_PROPERTIES = {
     "INFERENCE_PRECISION_HINT": "f32",
-    "KV_CACHE_PRECISION": "f32",
+    _KV_PRECISION: "f32",
     "ENABLE_CPU_PINNING": False,
 }
 
@@ -67,7 +68,9 @@ class OpenVinoBackend:
 
     name: ClassVar[str] = NAME
     formats: ClassVar[tuple[str, ...]] = _FORMATS
-    kv_precisions: ClassVar[tuple[str, ...]] = tuple(_KV_TYPES)
+    kv_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+        dict.fromkeys(_KV_TYPES, ("cpu",))
+    )
 
     def probe(self) -> list[Availability]:
         """Which devices OpenVINO's plugins find here."""
@@ -110,7 +113,7 @@ class OpenVinoBackend:
             OutOfMemoryError: The weights do not fit.
             DevicePlacementError: The graph was compiled for another device.
         """
-        check_kv_precision(self, options)
+        check_kv_precision(self, device, options)
         ov = import_openvino()
         folder = read_folder(artifact.path, name=artifact.name, formats=self.formats)
         core = ov.Core()
@@ -208,13 +211,14 @@ def _properties(target: str, options: LoadOptions) -> dict[str, Any]:
     properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
     on_cpu = dict(_CPU_PROPERTIES)
     if options.kv_precision is not None:
-        if target != "CPU":
-            raise UnsupportedModelError(
-                f"kv_precision={options.kv_precision!r} is for OpenVINO's CPU: on {target} nobody "
-                "has tried it. Load without it; OpenVINO's own name for it is "
-                "options={'KV_CACHE_PRECISION': ...}."
+        if _KV_PRECISION in options.extra:
+            raise ValueError(
+                f"kv_precision={options.kv_precision!r} and options={{{_KV_PRECISION!r}: ...}} say "
+                "the same thing twice: leave one out."
             )
-        on_cpu["KV_CACHE_PRECISION"] = _KV_TYPES[options.kv_precision]
+        on_cpu[_KV_PRECISION] = _KV_TYPES[options.kv_precision]
+    if options.pinning is not None:
+        on_cpu["ENABLE_CPU_PINNING"] = options.pinning
     if target == "CPU":
         properties |= on_cpu
     elif target == "AUTO":

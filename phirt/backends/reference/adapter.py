@@ -8,7 +8,8 @@ doctests and examples, and for judging other backends. The formulas are in
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import ClassVar
 
 import numpy as np
@@ -58,7 +59,7 @@ class ReferenceBackend:
 
     name: ClassVar[str] = _NAME
     formats: ClassVar[tuple[str, ...]] = (_FORMAT,)
-    kv_precisions: ClassVar[tuple[str, ...]] = ()
+    kv_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
 
     def probe(self) -> list[Availability]:
         """NumPy is a dependency of phirt's own, so it is always there."""
@@ -97,7 +98,7 @@ class ReferenceBackend:
             UnsupportedModelError: The decoder is none that phirt knows.
             OutOfMemoryError: The weights do not fit.
         """
-        check_kv_precision(self, options)
+        check_kv_precision(self, device, options)
         if options.extra:
             raise ValueError(f"The reference has no settings, and was given {dict(options.extra)}.")
         if not DeviceName.parse(device).is_one_of(["cpu"]):

@@ -7,6 +7,7 @@ everywhere in it, since imports are absolute.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from phirt.backends.importing import unavailable
@@ -48,7 +49,7 @@ class TransformersBackend:
 
     name: ClassVar[str] = BACKEND
     formats: ClassVar[tuple[str, ...]] = (_FORMAT,)
-    kv_precisions: ClassVar[tuple[str, ...]] = ()
+    kv_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
 
     def probe(self) -> list[Availability]:
         """What is installed; torch is imported only where it may find an accelerator."""
@@ -83,7 +84,7 @@ class TransformersBackend:
             OutOfMemoryError: The weights do not fit.
             ValueError: ``options.extra`` holds an unknown setting.
         """
-        check_kv_precision(self, options)
+        check_kv_precision(self, device, options)
         _check_settings(options.extra)
         folder = read_folder(artifact.path, name=artifact.name, formats=self.formats)
         objection = find_objection(folder.artifact.path)
