@@ -73,7 +73,7 @@ def test_a_named_backend_that_has_none(load):
 def test_a_choice_leaves_out_who_has_none(tiny_gguf):
     plan = phirt.plan(tiny_gguf, kv_precision="int8")
     usable = {row.backend for row in plan.candidates if row.status != "rejected"}
-    assert usable <= {"onnxruntime", "openvino"}
+    assert usable <= {"onnxruntime", "openvino", "mlx"}
     assert "onnxruntime" in usable
 
 

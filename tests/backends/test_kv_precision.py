@@ -275,6 +275,41 @@ class TestOpenVino:
             backend.load(artifact, "openvino-auto", INT8)
 
 
+class TestMlx:
+    def load(self, made, architecture):
+        require("mlx", "mlx_lm")
+        backend = get_backend("mlx")
+        made(architecture)
+        artifact = read_artifact(backend, made(architecture).with_name(architecture))
+        return backend.load(artifact, "cpu", INT8)
+
+    def test_a_step_of_several_rows_is_not_done(self, made):
+        model = self.load(made, "qwen3")
+        assert not model.capabilities.batch
+        assert "8 bits" in model.capabilities.lacks["batch"].reason
+        with pytest.raises(NotImplementedError):
+            model.new_pool(slots=2, capacity=8, expected_length=8)
+        model.close()
+
+    def test_heads_that_no_group_divides(self, made):
+        with pytest.raises(UnsupportedModelError, match=r"64 or 32 channels.* heads have 16"):
+            self.load(made, "llama")
+
+    def test_what_is_taken_over_is_rounded_once_more(self, made):
+        """By a step of 255 at most, where the first rounding has moved the ends of a group."""
+        model, ids = self.load(made, "qwen3"), random_ids(24)
+        session = model.new_session(max_length=32, expected_length=32)
+        session.prefill(ids)
+        exported = session.export_kv()
+        other = model.new_session(max_length=32, expected_length=32)
+        other.import_kv(exported)
+        for one, again in zip(exported.layers, other.export_kv().layers, strict=True):
+            for held, taken in ((one.key, again.key), (one.value, again.value)):
+                step = np.ptp(held, axis=-1, keepdims=True) / 255
+                assert (np.abs(held - taken) <= 1.1 * step).all()
+        model.close()
+
+
 @pytest.mark.parametrize("name", backend_names())
 def test_a_backend_says_what_it_has_not(name):
     backend = get_backend(name)

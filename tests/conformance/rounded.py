@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
 import numpy as np
 
 from phirt.backends import kv_ranges
+from phirt.backends.mlx.cache import group_size_of
 from phirt.backends.onnxruntime.quantized_cache import scales_of
 from phirt.backends.reference import adapter
 from phirt.backends.reference.decoder import Cache
@@ -20,27 +21,23 @@ from phirt.types import FloatArray, IntArray
 
 
 class RoundedOracle(Oracle):
-    """The reference, whose cache rounds as GroupQueryAttention's of 8 bits does.
+    """The reference, whose cache holds what a runtime's would.
 
-    Attributes:
-        ranges: How large keys and values become, on tokens of all kinds: in the tiny models,
-            those of tokens that no text has say nothing of others.
+    Args:
+        checkpoint: A Hugging Face folder.
+        keep: ``f(index, values)``: keys (index 2 * layer) or values (the next one) as the cache
+            holds them, shape (kv_heads, n, head_size).
     """
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, keep: Callable[[int, FloatArray], FloatArray]) -> None:
         super().__init__(checkpoint)
-        config = read_decoder_config(checkpoint / "config.json")
-        dims = [config.rope_of(layer).dim for layer in range(config.num_layers)]
-        with patch.object(kv_ranges, "calibration_pieces", any_tokens):
-            self.ranges = kv_ranges.find_ranges(self.model, read_folder(checkpoint), dims)
-        scales = scales_of(self.ranges)
 
         class Rounded(Cache):
             def append(
                 self, layer: int, start: int, key: FloatArray, value: FloatArray
             ) -> tuple[FloatArray, FloatArray]:
-                keys, values = scales[2 * layer], scales[2 * layer + 1]
-                return super().append(layer, start, rounded(key, keys), rounded(value, values))
+                held = keep(2 * layer, key), keep(2 * layer + 1, value)
+                return super().append(layer, start, *held)
 
         self._cache = Rounded
 
@@ -53,6 +50,32 @@ class RoundedOracle(Oracle):
         """Likewise."""
         with patch.object(adapter, "Cache", self._cache):
             return super().cache(ids)
+
+
+def by_channel(checkpoint: Path) -> RoundedOracle:
+    """As GroupQueryAttention keeps 8 bits: with a scale for each channel.
+
+    How large keys and values become is found on tokens of all kinds: in the tiny models, those
+    of tokens that no text has say nothing of others.
+    """
+    model, config = Oracle(checkpoint).model, read_decoder_config(checkpoint / "config.json")
+    dims = [config.rope_of(layer).dim for layer in range(config.num_layers)]
+    with patch.object(kv_ranges, "calibration_pieces", any_tokens):
+        scales = scales_of(kv_ranges.find_ranges(model, read_folder(checkpoint), dims))
+    return RoundedOracle(checkpoint, lambda index, values: rounded(values, scales[index]))
+
+
+def by_position(checkpoint: Path) -> RoundedOracle:
+    """As MLX keeps 8 bits: with scale and offset for each group of a position's channels."""
+    import mlx.core as mx
+
+    def keep(_: int, values: FloatArray) -> FloatArray:
+        size = group_size_of(values.shape[-1])
+        with mx.stream(mx.cpu):
+            parts = mx.quantize(mx.array(values), group_size=size, bits=8)
+            return np.array(mx.dequantize(*parts, group_size=size, bits=8))
+
+    return RoundedOracle(checkpoint, keep)
 
 
 def rounded(values: FloatArray, scales: FloatArray) -> FloatArray:

@@ -14,7 +14,7 @@ from phirt.backends.onnxruntime import OnnxRuntimeBackend
 from phirt.build.convert import convert
 from phirt.protocols import Lack, LoadOptions
 from phirt.testing import BackendConformance
-from tests.conformance.rounded import RoundedOracle, any_tokens
+from tests.conformance.rounded import RoundedOracle, any_tokens, by_channel
 from tests.installed import require
 
 require("onnxruntime", "onnx")
@@ -47,4 +47,4 @@ class TestQuantizedCache(TestOnnxRuntime):
 
     @classmethod
     def oracle_of(cls, checkpoint: Path) -> RoundedOracle:
-        return RoundedOracle(checkpoint)
+        return by_channel(checkpoint)

@@ -17,6 +17,7 @@ import numpy as np
 
 from phirt.backends.importing import import_runtime, unavailable
 from phirt.backends.kv_precision import check_kv_precision
+from phirt.backends.mlx.cache import CacheFormat, group_size_of
 from phirt.backends.mlx.config import MlxConfig, read_mlx_config
 from phirt.backends.mlx.decoder import Decoder
 from phirt.backends.mlx.listing import device_names, list_devices
@@ -68,7 +69,9 @@ class MlxBackend:
 
     name: ClassVar[str] = _NAME
     formats: ClassVar[tuple[str, ...]] = _FORMATS
-    kv_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType({})
+    kv_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+        {"fp32": ("cpu",), "int8": ("cpu", "metal")}
+    )
 
     def probe(self) -> list[Availability]:
         """Whether MLX imports, and which devices it names."""
@@ -126,12 +129,15 @@ class MlxBackend:
         target = _find_device(mx, device)
         with SafetensorsFolder(folder.artifact.path) as weights:
             _check_weights(weights, config, target)
+            quantizes = options.kv_precision == "int8"
+            group_size = group_size_of(config.decoder.head_size) if quantizes else None
             return MlxModel(
                 target,
                 config.decoder,
                 lambda: _build(target, config, weights),
                 weights_id=folder.artifact.weights_id,
                 eos_token_ids=frozenset(folder.facts.eos_token_ids),
+                cache_format=CacheFormat(mx, group_size),
             )
 
 

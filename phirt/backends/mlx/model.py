@@ -8,22 +8,34 @@ from typing import Any, TypeVar
 
 from phirt.backends.base import BaseModel
 from phirt.backends.execution import OneThread
+from phirt.backends.mlx.cache import CacheFormat
 from phirt.backends.mlx.decoder import Decoder
 from phirt.backends.mlx.memory import translate
-from phirt.backends.mlx.modules import import_model_module
 from phirt.backends.mlx.pool import MlxPool
 from phirt.backends.mlx.session import MlxSession
 from phirt.errors import DevicePlacementError, PhirtError
 from phirt.models.decoder_config import DecoderConfig
-from phirt.protocols import Capabilities, ModelInfo, Placement
+from phirt.protocols import Capabilities, KVPool, Lack, ModelInfo, Placement
 
 __all__ = ["MlxModel", "MlxTarget"]
 
 _T = TypeVar("_T")
 
-_CAPABILITIES = Capabilities(
-    truncate=True, verify=True, interrupt=True, kv=True, batch=True, topk=True
-)
+
+def _capabilities(cache_format: CacheFormat) -> Capabilities:
+    lacks = {}
+    if cache_format.is_quantized:
+        reason = "a step would pad rows of 8 bits to one length, which phirt does for floats only"
+        lacks["batch"] = Lack("not yet", reason)
+    return Capabilities(
+        truncate=True,
+        verify=True,
+        interrupt=True,
+        kv=True,
+        batch=not lacks,
+        topk=True,
+        lacks=lacks,
+    )
 
 
 class MlxTarget:
@@ -81,6 +93,7 @@ class MlxModel(BaseModel):
         build: Makes the decoder; called on the model's thread.
         weights_id: Identifies the weights.
         eos_token_ids: Stop ids that the folder names.
+        cache_format: How its sessions keep keys and values.
     """
 
     def __init__(
@@ -91,8 +104,10 @@ class MlxModel(BaseModel):
         *,
         weights_id: str,
         eos_token_ids: frozenset[int],
+        cache_format: CacheFormat,
     ) -> None:
         self.target = target
+        self.cache_format = cache_format
         self.config = config
         # MLX asks this of a thread that ends. Without it, a process that exits while the thread
         # is ending may abort. MLX's CPU build (0.32) keeps one native thread of every stream
@@ -117,7 +132,7 @@ class MlxModel(BaseModel):
                 rope_boundary=config.rope.boundary,
                 window=config.window,
             ),
-            capabilities=_CAPABILITIES,
+            capabilities=_capabilities(cache_format),
             # An array belongs to the streams of the thread that made it.
             execution=execution,
             native=self.decoder,
@@ -149,16 +164,19 @@ class MlxModel(BaseModel):
     def _new_session(self, *, max_length: int, expected_length: int) -> MlxSession:
         return MlxSession(self, max_length=max_length, expected_length=expected_length)
 
-    def _new_pool(self, *, slots: int, capacity: int, expected_length: int) -> MlxPool:
+    def _new_pool(self, *, slots: int, capacity: int, expected_length: int) -> KVPool:
+        if not self.capabilities.batch:
+            return super()._new_pool(
+                slots=slots, capacity=capacity, expected_length=expected_length
+            )
         return MlxPool(self, slots=slots, capacity=capacity, expected_length=expected_length)
 
     def _try_out(self) -> None:
         """Compute one token."""
-        caches = import_model_module("cache")
         try:
             logits = self.loaded_decoder.forward(
                 [0],
-                [caches.KVCache() for _ in range(self.config.num_layers)],
+                self.cache_format.new(self.config.num_layers),
                 regime=None,
                 every_position=False,
             )

@@ -10,7 +10,6 @@ import numpy as np
 
 from phirt.backends.base import BaseSession
 from phirt.backends.mlx.memory import check_host_memory, translate
-from phirt.backends.mlx.modules import import_model_module
 from phirt.errors import BackendRuntimeError, PhirtError
 from phirt.protocols import KVCache, KVLayer, Logits, RopeRegime, TopK
 from phirt.types import FloatArray
@@ -80,8 +79,7 @@ class MlxSession(BaseSession):
         super().__init__(model, max_length=max_length)
         self._model = model
         self._interrupted = threading.Event()
-        caches = import_model_module("cache")
-        self.caches = [caches.KVCache() for _ in range(model.config.num_layers)]
+        self.caches = model.cache_format.new(model.config.num_layers)
         self._check_memory(min(expected_length, max_length), "starting a session")
 
     @property
@@ -133,11 +131,13 @@ class MlxSession(BaseSession):
         if not self._model.target.is_host or (count == 1 and self._held() % _BUCKET):
             return  # A step within the cache's room needs next to nothing.
         config, total = self._model.config, self._held() + count
-        kept = 2 * config.num_layers * config.num_kv_heads * config.head_size * (count + _BUCKET)
+        values = 2 * config.num_layers * config.num_kv_heads * config.head_size
+        kept = self._model.cache_format.bytes_per_value * values * (count + _BUCKET)
         rows = min(count, _CHUNK)
         scores = config.num_heads * rows * total
         width = 4 * config.hidden_size + 3 * config.intermediate_size
-        check_host_memory(4 * (kept + scores + rows * width + logits * config.vocab_size), doing)
+        work = 4 * (scores + rows * width + logits * config.vocab_size)
+        check_host_memory(int(kept) + work, doing)
 
     def _held(self) -> int:
         # Not the session's length, which is that before the call.
@@ -155,8 +155,8 @@ class MlxSession(BaseSession):
             ]
 
     def _to_host(self, array: Any) -> FloatArray:
-        values = array[0, :, : self._length].astype(self._model.target.mx.float32)
-        return np.array(values)
+        values = self._model.cache_format.read(array, self._length)
+        return np.array(values.astype(self._model.target.mx.float32))
 
     def _import_kv(self, cache: KVCache) -> None:
         config, mx = self._model.config, self._model.target.mx
@@ -172,12 +172,12 @@ class MlxSession(BaseSession):
                     f"on; this session needs {shape} from 0. Prefill the tokens instead."
                 )
         self._check_memory(cache.length, f"taking over {cache.length} tokens")
-        dtype = self._model.loaded_decoder.dtype
+        dtype, form = self._model.loaded_decoder.dtype, self._model.cache_format
         try:
             with self._model.target.active():
                 for own, layer in zip(self.caches, cache.layers, strict=True):
-                    own.keys = mx.array(layer.key)[None].astype(dtype)
-                    own.values = mx.array(layer.value)[None].astype(dtype)
+                    own.keys = form.stored(mx.array(layer.key).astype(dtype))
+                    own.values = form.stored(mx.array(layer.value).astype(dtype))
                     own.offset = cache.length
                 mx.eval([own.state[:2] for own in self.caches])
         except Exception as error:
