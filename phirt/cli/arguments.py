@@ -73,6 +73,14 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     )
     add_target(where)
     add_kv_precision(where)
+    where.add_argument(
+        "--prefill",
+        metavar="BACKEND",
+        help="with --decode: the backend, or BACKEND:DEVICE, that runs the long parts of prompts",
+    )
+    where.add_argument(
+        "--decode", metavar="BACKEND", help="with --prefill: the one that runs everything else"
+    )
     how = run.add_argument_group(
         "generation", "What is not given is as the model's own configuration says, else greedy."
     )

@@ -106,6 +106,8 @@ def _load(arguments: argparse.Namespace) -> Iterator[Model]:
             backend=arguments.backend,
             precision=arguments.precision,
             kv_precision=arguments.kv_precision,
+            prefill=arguments.prefill,
+            decode=arguments.decode,
             offline=arguments.offline,
             progress=bars,
             announce=Announcer(bars, yes=arguments.yes),

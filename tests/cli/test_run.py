@@ -55,7 +55,7 @@ def test_only_what_was_given_overrides_the_model(phirt_run):
 def test_what_to_load_is_handed_on(phirt_run):
     model = FakeModel()
     options = "-m a.gguf --device cpu --backend onnxruntime --precision int8 --offline "
-    options += "--kv-precision fp16"
+    options += "--kv-precision fp16 --prefill openvino --decode onnxruntime:cpu"
     phirt_run("x", *shlex.split(options), model=model)
     del model.loaded_with["progress"], model.loaded_with["announce"]
     assert model.loaded_with == {
@@ -64,6 +64,8 @@ def test_what_to_load_is_handed_on(phirt_run):
         "backend": "onnxruntime",
         "precision": "int8",
         "kv_precision": "fp16",
+        "prefill": "openvino",
+        "decode": "onnxruntime:cpu",
         "offline": True,
     }
 
