@@ -90,7 +90,8 @@ def load(
             and no more than an eighth of the memory that is free. See docs/prefix-reuse.md.
         prefill: With ``decode``, two runtimes for one generation: this backend runs the long
             parts of prompts, the other everything else. On the CPU, or ``"backend:device"``.
-            They stand for ``backend`` and ``device``. See docs/two-runtimes.md.
+            They stand for ``backend`` and ``device``. Both ``"auto"``: the two that were
+            measured to be fastest together, or one, where none are. See docs/two-runtimes.md.
         decode: As ``prefill``; the KV cache is handed over between the two.
         failover: Where the backend fails in the middle of a generation, go on with the next
             candidate of the plan: see docs/failover.md. Needs ``"auto"`` as ``device`` or
@@ -131,7 +132,7 @@ def load(
     DeviceName.parse(device)
     if prefill is not None or decode is not None:
         # Imported here: few loads take two runtimes.
-        from phirt.pairing import check_pair, load_pair, preparer
+        from phirt.pairing import check_pair, load_fastest_pair, load_pair, preparer
 
         parts = check_pair(
             prefill,
@@ -152,8 +153,9 @@ def load(
             progress=progress,
         )
         pair_options = LoadOptions(threads=threads, spinning=spinning, pinning=pinning)
-        selection, started = load_pair(parts, prepare_part, pair_options, announce=announce)
-        return _as_model(selection, prefix_cache_bytes, started=started)
+        if parts is not None:
+            selection, started = load_pair(parts, prepare_part, pair_options, announce=announce)
+            return _as_model(selection, prefix_cache_bytes, started=started)
     if failover:
         check_failover(device=device, backend=backend)
     machine = machine_for(backend)
@@ -186,6 +188,12 @@ def load(
         if time_candidates(prepared, announce=announce):
             started = time.perf_counter()
             prepared = planned()
+    note = ""
+    if prefill is not None:
+        found = load_fastest_pair(prepared, prepare_part, pair_options, announce=announce)
+        if not isinstance(found, str):
+            return _as_model(found[0], prefix_cache_bytes, started=found[1])
+        note = f"{found[0].upper()}{found[1:].rstrip('.')}."
     find_folder = FolderFinder(prepared, announce, started=started)
     loader = PlanLoader(
         machine,
@@ -202,7 +210,7 @@ def load(
     )
     with explain_removal(find_folder.located):
         return _as_model(
-            loader.load(prepared.plan),
+            loader.load(prepared.plan.with_note(note) if note else prepared.plan),
             prefix_cache_bytes,
             started=find_folder.started,
             load_next=loader.load_next if failover else None,

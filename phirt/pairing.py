@@ -14,10 +14,10 @@ from phirt.devices.memory import read_memory
 from phirt.devices.names import DeviceName
 from phirt.dispatch.candidates import check_backend, check_offered, machine_for
 from phirt.dispatch.fit import check_pair_fit
-from phirt.dispatch.pair import join_plans
+from phirt.dispatch.pair import choose_pair, join_plans
 from phirt.dispatch.plan import PlanRequest
 from phirt.dispatch.select import PlanLoader, Selection
-from phirt.errors import UnsupportedModelError
+from phirt.errors import BackendError, DeviceError, UnsupportedModelError
 from phirt.loading import FolderFinder, explain_removal, try_first
 from phirt.models.folder import ModelFolder
 from phirt.planning import Prepared, name_of, prepare
@@ -25,7 +25,7 @@ from phirt.protocols import LoadOptions
 from phirt.remote import Announce
 from phirt.types import Optimize, ProgressCallback
 
-__all__ = ["Part", "Prepare", "check_pair", "load_pair", "preparer"]
+__all__ = ["Part", "Prepare", "check_pair", "load_fastest_pair", "load_pair", "preparer"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,12 @@ class Part:
     Attributes:
         backend: Name of the backend.
         device: Device name.
+        precision: That of its form of the model; None for the one that was asked for.
     """
 
     backend: str
     device: str
+    precision: str | None = None
 
 
 def check_pair(
@@ -51,8 +53,10 @@ def check_pair(
     failover: bool,
     tune: bool,
     kv_precision: str = "auto",
-) -> tuple[Part, Part]:
+) -> tuple[Part, Part] | None:
     """What ``prefill`` and ``decode`` name; what cannot be meant is refused.
+
+    None where both are ``"auto"``.
 
     Args:
         prefill: As for `phirt.load`, and so are the others.
@@ -76,13 +80,15 @@ def check_pair(
             f"{both}: two runtimes share a generation, so both are needed. For one runtime alone, "
             f"pass backend={there!r}."
         )
-    parts = _part("prefill", prefill), _part("decode", decode)
-    if parts[0] == parts[1]:
-        raise ValueError(f"{both} are the same. Pass backend={parts[0].backend!r} instead.")
+    is_auto = prefill == decode == "auto"
+    parts = None if is_auto else (_part("prefill", prefill), _part("decode", decode))
+    first = "openvino" if parts is None else parts[0].backend
+    if parts is not None and parts[0] == parts[1]:
+        raise ValueError(f"{both} are the same. Pass backend={first!r} instead.")
     for name, value, advice in (
         ("backend", backend, "these name the backends: leave one or the other out"),
         ("kv_precision", kv_precision, "each of the two keeps its cache as it does by itself"),
-        ("device", device, f'name it behind its backend: prefill="{parts[0].backend}:{device}"'),
+        ("device", device, f'name it behind its backend: prefill="{first}:{device}"'),
     ):
         if value != "auto":
             raise ValueError(f"{name}={value!r} with {both}: {advice}")
@@ -98,8 +104,8 @@ def check_pair(
         )
     if tune:
         raise ValueError(
-            f"tune=True with {both}: nothing is left to choose. Call phirt.tune for each backend "
-            "beforehand to have its best settings used."
+            f"tune=True with {both}: call phirt.tune beforehand, for each backend, and what it "
+            "finds is used."
         )
     return parts
 
@@ -112,7 +118,7 @@ def _part(name: str, value: object) -> Part:
     if backend == "auto" or parsed.kind == "auto":
         raise ValueError(
             f"{name}={value!r} must name a backend, and the device behind a colon where it is "
-            'not the CPU: "openvino", "onnxruntime:cuda".'
+            'not the CPU: "openvino", "onnxruntime:cuda"; or both are "auto".'
         )
     check_backend(backend)
     return Part(backend, str(parsed))
@@ -147,7 +153,7 @@ def preparer(
             model=name_of(model),
             device=part.device,
             backend=part.backend,
-            precision=precision,
+            precision=part.precision or precision,
             optimize=optimize,
         )
         return prepare(
@@ -168,6 +174,7 @@ def load_pair(
     options: LoadOptions,
     *,
     announce: Announce | None,
+    why: str = "as was asked for",
 ) -> tuple[Selection, float]:
     """Load a model on two runtimes.
 
@@ -176,6 +183,7 @@ def load_pair(
         prepare_part: Plans each of the two.
         options: Passed on to both backends.
         announce: As for `phirt.load`.
+        why: As for `join_plans`.
 
     Returns:
         The two as one, and when the load started by `time.perf_counter`, downloads and
@@ -201,11 +209,40 @@ def load_pair(
     except BaseException:
         decode.loaded.close()
         raise
-    plan = join_plans(prefill.plan, decode.plan, prefill_from=loaded.prefill_from)
+    plan = join_plans(prefill.plan, decode.plan, prefill_from=loaded.prefill_from, why=why)
     chosen = plan.chosen
     assert chosen is not None  # noqa: S101  # as both were
     joined = Selection(chosen.backend, chosen.device, decode.folder, loaded, plan)
     return joined, max(side.started for side in sides)
+
+
+def load_fastest_pair(
+    prepared: Prepared, prepare_part: Prepare, options: LoadOptions, *, announce: Announce | None
+) -> tuple[Selection, float] | str:
+    """Load the two candidates of a plan that are fastest together.
+
+    Args:
+        prepared: The plan.
+        prepare_part: As for `load_pair`, and so are the others.
+        options: Passed on to both backends.
+        announce: Called before a download.
+
+    Returns:
+        As `load_pair`; or why one of them alone is better, or the two could not be loaded.
+    """
+    choice = choose_pair(prepared.plan)
+    if isinstance(choice, str):
+        return choice
+    first, second = (
+        Part(each.backend, each.device, each.artifact.precision if each.artifact else None)
+        for each in (choice.prefill, choice.decode)
+    )
+    try:
+        return load_pair(
+            (first, second), prepare_part, options, announce=announce, why=choice.reason
+        )
+    except (BackendError, DeviceError, UnsupportedModelError) as error:
+        return f"no pair was taken: {error}"
 
 
 class _Side:

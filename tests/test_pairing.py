@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 from dataclasses import replace
@@ -10,12 +11,17 @@ import numpy as np
 import pytest
 
 import phirt
+from phirt import pairing
 from phirt.backends.paired import PairedModel
 from phirt.build.convert import convert
+from phirt.devices.hardware import hardware_id
 from phirt.devices.machine import Memory
+from phirt.dispatch.candidates import machine_for
 from phirt.dispatch.fit import check_pair_fit
-from phirt.dispatch.pair import join_plans
-from phirt.dispatch.plan import MemoryNeed, Plan, PlanCandidate
+from phirt.dispatch.measurements import Measurement, Measurements, Point, Setting
+from phirt.dispatch.pair import PairChoice, choose_pair, join_plans
+from phirt.dispatch.plan import MemoryNeed, Plan, PlanCandidate, PlannedArtifact, Speed
+from phirt.dispatch.planner import listed_as
 from phirt.errors import (
     BackendRuntimeError,
     OutOfMemoryError,
@@ -150,6 +156,83 @@ def test_the_plan_tells_of_both():
     ]
 
 
+def timed(backend, precision, prefill_s, decode_s, *, kl=0.001, total=100_000_000, **changes):
+    """A candidate whose prompt and answer would take so many seconds."""
+    speed = Speed(
+        prefill_tokens_per_s=1,
+        decode_tokens_per_s=1,
+        seconds=prefill_s + decode_s,
+        prefill_seconds=prefill_s,
+        setting=Setting(),
+        when="",
+    )
+    artifact = PlannedArtifact(format="some", precision=precision, state="here", kl=kl)
+    found = candidate(backend, total=total, free=1_000_000_000)
+    return replace(found, status="usable", speed=speed, artifact=artifact, **changes)
+
+
+def plan_of(*candidates, optimize="latency"):
+    return Plan(
+        model="m",
+        device="auto",
+        backend="auto",
+        precision="auto",
+        context=64,
+        optimize=optimize,
+        candidates=candidates,
+    )
+
+
+class TestChoice:
+    FAST_PREFILL = timed("openvino", "int8", 1, 8)
+    FAST_DECODE = timed("onnxruntime", "int8", 4, 2)
+
+    def test_the_two_that_are_fastest_together(self):
+        slow = timed("mlx", "int8", 9, 9)
+        choice = choose_pair(plan_of(slow, self.FAST_DECODE, self.FAST_PREFILL))
+        assert isinstance(choice, PairChoice)
+        assert choice.prefill is self.FAST_PREFILL
+        assert choice.decode is self.FAST_DECODE
+        assert choice.reason.startswith("as 6 s are predicted for onnxruntime on cpu (some int8)")
+        assert choice.reason.endswith("alone, and 3 s for these two")
+
+    def test_two_forms_on_one_backend(self):
+        exact = timed("onnxruntime", "fp32", 1, 8, kl=0.0)
+        choice = choose_pair(plan_of(self.FAST_DECODE, exact))
+        assert isinstance(choice, PairChoice)
+        assert choice.prefill is exact
+        assert choice.decode is self.FAST_DECODE
+
+    @pytest.mark.parametrize(
+        ("candidates", "optimize", "why"),
+        [
+            ([FAST_DECODE, timed("a", "int8", 3.9, 8)], "latency", "6 s are predicted for onnx"),
+            ([FAST_DECODE], "latency", "fewer than two were measured .phirt tune m"),
+            ([FAST_DECODE, replace(FAST_PREFILL, speed=None)], "latency", "fewer than two"),
+            ([FAST_DECODE, replace(FAST_PREFILL, status="rejected")], "latency", "fewer than two"),
+            ([FAST_DECODE, replace(FAST_PREFILL, device="gpu")], "latency", "fewer than two"),
+            ([FAST_DECODE, FAST_PREFILL], "throughput", "share no batch"),
+            ([FAST_DECODE, timed("a", "int4", 1, 8, kl=0.02)], "latency", "12 s for the best two"),
+            ([FAST_DECODE, timed("a", "int4", 1, 8, kl=None)], "latency", "12 s for the best two"),
+            (
+                [FAST_DECODE, timed("a", "int8", 1, 8, total=950_000_000)],
+                "latency",
+                "none fits into memory",
+            ),
+        ],
+    )
+    def test_why_there_is_none(self, candidates, optimize, why):
+        found = choose_pair(plan_of(*candidates, optimize=optimize))
+        assert isinstance(found, str)
+        assert re.search(why, found)
+
+    def test_moving_the_cache_counts(self):
+        """128 tokens of a gigabyte each are not worth three seconds."""
+        need = replace(self.FAST_DECODE.memory, kv=10**9, context=1, free=10**12)
+        heavy = replace(self.FAST_DECODE, memory=need)
+        assert "no pair was taken" in str(choose_pair(plan_of(heavy, self.FAST_PREFILL)))
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
@@ -179,6 +262,79 @@ def pair(tiny_gguf):
 def load(model, **options):
     options = {"prefill": "openvino", "decode": "onnxruntime", "precision": "fp32"} | options
     return phirt.load(model, **options)
+
+
+@pytest.fixture
+def measured(tiny_gguf, own_machine_dir):
+    """``measured(prefill_s, decode_s, backend)``: notes a speed, as `phirt.tune` does."""
+    require("openvino", "onnxruntime")
+
+    def note(backend, prefill_s, decode_s):
+        with phirt.load(tiny_gguf, backend=backend, device="cpu", precision="fp32") as model:
+            chosen = model.plan.chosen
+        assert chosen is not None
+        assert chosen.artifact is not None
+        assert chosen.artifact.id is not None
+        machine = machine_for("auto")
+        record = machine.backend(backend)
+        assert record is not None
+        measurement = Measurement(
+            artifact=chosen.artifact.id,
+            backend=backend,
+            device="cpu",
+            version=listed_as(machine, backend, "cpu").version or record.version,
+            hardware=hardware_id(machine),
+            setting=Setting(),
+            points=(Point(tokens=128, prefill_s=prefill_s, decode_s=decode_s),),
+        )
+        Measurements().save([measurement])
+
+    return note
+
+
+class TestAuto:
+    def load(self, tiny_gguf, **options):
+        return phirt.load(tiny_gguf, prefill="auto", decode="auto", precision="fp32", **options)
+
+    def test_two_that_were_measured(self, tiny_gguf, measured):
+        measured("openvino", 1, 1)
+        measured("onnxruntime", 9, 0.01)
+        with self.load(tiny_gguf) as model:
+            assert model.backend == "openvino+onnxruntime"
+            reason = model.plan.chosen.reason
+            assert "everything else on onnxruntime on cpu (onnx-genai fp32), as 10.3 s" in reason
+            assert len(model.generate(PROMPT, max_new_tokens=4).token_ids) == 4
+
+    def test_one_is_better(self, tiny_gguf, measured):
+        measured("openvino", 9, 1)
+        measured("onnxruntime", 1, 0.01)
+        with self.load(tiny_gguf) as model:
+            assert model.backend == "onnxruntime"
+            assert any(note.startswith("No pair was taken: 2.28 s") for note in model.plan.notes)
+
+    def test_nothing_was_measured(self, tiny_gguf, own_machine_dir):
+        require("openvino", "onnxruntime")
+        with self.load(tiny_gguf) as model:
+            assert "+" not in model.backend
+            assert any("phirt tune" in note for note in model.plan.notes)
+
+    def test_a_pair_that_fails(self, tiny_gguf, measured, monkeypatch):
+        measured("openvino", 1, 1)
+        measured("onnxruntime", 9, 0.01)
+
+        def fail(*_, **__):
+            raise UnsupportedModelError("They cannot.")
+
+        monkeypatch.setattr(pairing, "load_pair", fail)
+        with self.load(tiny_gguf) as model:
+            assert "+" not in model.backend
+            assert "No pair was taken: They cannot." in model.plan.notes
+
+    def test_only_one_of_them(self, tiny_gguf):
+        with pytest.raises(ValueError, match='or both are "auto"'):
+            phirt.load(tiny_gguf, prefill="auto", decode="onnxruntime")
+        with pytest.raises(ValueError, match="backend='mlx'"):
+            self.load(tiny_gguf, backend="mlx")
 
 
 class TestAModel:

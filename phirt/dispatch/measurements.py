@@ -23,6 +23,7 @@ __all__ = [
     "Workload",
     "artifact_id",
     "fastest",
+    "predict_prefill",
     "predict_seconds",
 ]
 
@@ -165,8 +166,8 @@ def predict_seconds(measurement: Measurement, optimize: Optimize) -> float:
     """
     work = WORKLOADS[optimize]
     points = measurement.points
-    lengths = [0.0, *(float(point.tokens) for point in points)]
-    prefill = _at(work.prompt, lengths, [0.0, *(point.prefill_s for point in points)])
+    lengths = _lengths(measurement)
+    prefill = predict_prefill(measurement, optimize)
     middle = work.prompt + work.new_tokens / 2  # the context grows while the answer does
     step = _at(middle, lengths[1:], [point.decode_s for point in points])
     batch = measurement.batch
@@ -174,6 +175,21 @@ def predict_seconds(measurement: Measurement, optimize: Optimize) -> float:
         return work.requests * (prefill + work.new_tokens * step)
     turns = -(-work.requests // batch.rows)
     return work.requests * prefill + turns * work.new_tokens * batch.step_s
+
+
+def predict_prefill(measurement: Measurement, optimize: Optimize) -> float:
+    """Seconds that one prompt of a workload would take, as `predict_seconds` reckons.
+
+    Args:
+        measurement: What was measured.
+        optimize: The workload.
+    """
+    times = [0.0, *(point.prefill_s for point in measurement.points)]
+    return _at(WORKLOADS[optimize].prompt, _lengths(measurement), times)
+
+
+def _lengths(measurement: Measurement) -> list[float]:
+    return [0.0, *(float(point.tokens) for point in measurement.points)]
 
 
 def _at(where: float, lengths: Sequence[float], values: Sequence[float]) -> float:

@@ -1,15 +1,102 @@
-"""Two plans as one: what prefills, and what decodes."""
+"""Two runtimes for one generation: which two to take, and their plans as one."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import permutations
 
+from phirt.dispatch.measurements import WORKLOADS
 from phirt.dispatch.plan import MemoryNeed, Plan, PlanCandidate
 
-__all__ = ["join_plans"]
+__all__ = ["PairChoice", "choose_pair", "join_plans"]
 
 
-def join_plans(prefill: Plan, decode: Plan, *, prefill_from: int) -> Plan:
+# Seconds for each byte of keys and values that changes hands: an export, a new session and an
+# import took 40 us for each token of SmolLM2 (docs/two-runtimes.md).
+_HAND_OVER_S = 40e-6 / 46_080
+# A pair holds the weights twice: for less than this it is not taken.
+_GAIN = 0.95
+# Mean KL divergence, in nats, that the prompt's weights may be from their source where the
+# answer's are nearer.
+_MOST_KL = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class PairChoice:
+    """Two candidates that are predicted to be faster together than each candidate alone.
+
+    Attributes:
+        prefill: What runs long prefills.
+        decode: What runs everything else.
+        reason: Why, in one sentence.
+    """
+
+    prefill: PlanCandidate
+    decode: PlanCandidate
+    reason: str
+
+
+def choose_pair(plan: Plan) -> PairChoice | str:
+    """The two candidates of a plan that are fastest together, or why one alone is better.
+
+    Only what was measured counts, of what is here, on the CPU.
+
+    Args:
+        plan: The plan.
+    """
+    if plan.optimize == "throughput":
+        return "no pair was looked for: two runtimes share no batch"
+    usable = [each for each in plan.candidates if each.status != "rejected"]
+    timed = [each for each in usable if each.speed and each.device == "cpu" and _is_here(each)]
+    if len(timed) < 2:
+        return f"no pair was looked for: fewer than two were measured (phirt tune {plan.model})"
+    prompt = WORKLOADS[plan.optimize].prompt
+
+    def seconds(pair: tuple[PlanCandidate, PlanCandidate]) -> float:
+        prefill, decode = pair
+        assert prefill.speed is not None  # noqa: S101  # they are timed
+        assert decode.speed is not None  # noqa: S101
+        need = decode.memory
+        moved = 0.0 if need is None else prompt * need.kv / need.context * _HAND_OVER_S
+        answer = decode.speed.seconds - decode.speed.prefill_seconds
+        return prefill.speed.prefill_seconds + moved + answer
+
+    pairs = [pair for pair in permutations(timed, 2) if _keeps_quality(*pair) and _fit(*pair)]
+    best = min(pairs, key=seconds, default=None)
+    alone = min(timed, key=_alone)
+    if best is None:
+        return "no pair was taken: none fits into memory beside the other, or loses too much"
+    by_one = f"{_alone(alone):.3g} s are predicted for {_described(alone)} alone"
+    if seconds(best) >= _GAIN * _alone(alone):
+        return f"no pair was taken: {by_one}, and {seconds(best):.3g} s for the best two"
+    return PairChoice(*best, reason=f"as {by_one}, and {seconds(best):.3g} s for these two")
+
+
+def _alone(candidate: PlanCandidate) -> float:
+    assert candidate.speed is not None  # noqa: S101  # it is timed
+    return candidate.speed.seconds
+
+
+def _is_here(candidate: PlanCandidate) -> bool:
+    return candidate.artifact is not None and candidate.artifact.state == "here"
+
+
+def _keeps_quality(prefill: PlanCandidate, decode: PlanCandidate) -> bool:
+    """Whether the prompt's weights are near their source, or as near as the answer's."""
+    first, second = prefill.artifact, decode.artifact
+    if first is None or second is None or first.kl is None:
+        return False
+    return first.kl <= max(_MOST_KL, second.kl or 0.0)
+
+
+def _fit(prefill: PlanCandidate, decode: PlanCandidate) -> bool:
+    together = _together(prefill.memory, decode.memory)
+    return together is not None and together.fits
+
+
+def join_plans(
+    prefill: Plan, decode: Plan, *, prefill_from: int, why: str = "as was asked for"
+) -> Plan:
     """The plan of a model that runs on what both of two plans chose.
 
     The pair is chosen; its parts follow, as what else could be used, each alone.
@@ -18,6 +105,7 @@ def join_plans(prefill: Plan, decode: Plan, *, prefill_from: int) -> Plan:
         prefill: The plan of what runs long prefills.
         decode: The plan of what runs everything else.
         prefill_from: Fewest tokens of a long prefill.
+        why: Ends the sentence that says what runs where.
     """
     first, second = prefill.chosen, decode.chosen
     assert first is not None  # noqa: S101  # a plan that was carried out
@@ -29,7 +117,7 @@ def join_plans(prefill: Plan, decode: Plan, *, prefill_from: int) -> Plan:
         status="chosen",
         reason=(
             f"prefills of {prefill_from} tokens or more run on {_described(first)}, everything "
-            f"else on {_described(second)}, as was asked for"
+            f"else on {_described(second)}, {why}"
         ),
         memory=_together(first.memory, second.memory),
     )

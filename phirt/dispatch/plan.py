@@ -104,6 +104,7 @@ class Speed:
         prefill_tokens_per_s: Of the longest prompt that was measured.
         decode_tokens_per_s: One sequence, after the shortest prompt that was measured.
         seconds: Predicted time of the workload that the plan is for.
+        prefill_seconds: That of one of its prompts.
         setting: The setting that is best for it.
         when: When it was measured, in UTC.
     """
@@ -111,6 +112,7 @@ class Speed:
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
     seconds: float
+    prefill_seconds: float
     setting: Setting
     when: str
 

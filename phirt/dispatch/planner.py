@@ -11,7 +11,12 @@ from phirt.devices.machine import BackendRecord, Machine
 from phirt.devices.names import DeviceName
 from phirt.dispatch.absent import how_served, why_missing
 from phirt.dispatch.fit import check_fit
-from phirt.dispatch.measurements import Measurement, fastest, predict_seconds
+from phirt.dispatch.measurements import (
+    Measurement,
+    fastest,
+    predict_prefill,
+    predict_seconds,
+)
 from phirt.dispatch.needs import memory_need
 from phirt.dispatch.plan import (
     MemoryNeed,
@@ -335,6 +340,7 @@ class _Judge:
             prefill_tokens_per_s=best.points[-1].tokens / best.points[-1].prefill_s,
             decode_tokens_per_s=1 / best.points[0].decode_s,
             seconds=predict_seconds(best, optimize),
+            prefill_seconds=predict_prefill(best, optimize),
             setting=best.setting,
             when=best.when,
         )

@@ -460,6 +460,7 @@ class TestSettings:
         prefill_tokens_per_s=100,
         decode_tokens_per_s=10,
         seconds=1,
+        prefill_seconds=0.5,
         setting=Setting(threads=3, spinning=True, pinning=True),
         when="2026-11-22T03:00:00Z",
     )
