@@ -226,6 +226,11 @@ class TestChoice:
         assert isinstance(found, str)
         assert re.search(why, found)
 
+    def test_a_device_of_its_own_goes_before_two_on_the_cpu(self):
+        gpu = replace(candidate("openvino", "gpu"), status="chosen")
+        found = choose_pair(plan_of(gpu, self.FAST_DECODE, self.FAST_PREFILL))
+        assert found == "no pair was looked for: openvino on gpu goes before the CPU"
+
     def test_moving_the_cache_counts(self):
         """128 tokens of a gigabyte each are not worth three seconds."""
         need = replace(self.FAST_DECODE.memory, kv=10**9, context=1, free=10**12)

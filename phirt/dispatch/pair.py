@@ -46,6 +46,9 @@ def choose_pair(plan: Plan) -> PairChoice | str:
     """
     if plan.optimize == "throughput":
         return "no pair was looked for: two runtimes share no batch"
+    first = plan.chosen
+    if first is not None and first.device != "cpu":
+        return f"no pair was looked for: {first.described} goes before the CPU"
     usable = [each for each in plan.candidates if each.status != "rejected"]
     timed = [each for each in usable if each.speed and each.device == "cpu" and _is_here(each)]
     if len(timed) < 2:
