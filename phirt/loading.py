@@ -190,7 +190,7 @@ def load(
             prepared = planned()
     note = ""
     if prefill is not None:
-        found = load_fastest_pair(prepared, prepare_part, pair_options, announce=announce)
+        found = load_fastest_pair(prepared, pair_options, announce=announce)
         if not isinstance(found, str):
             return _as_model(found[0], prefix_cache_bytes, started=found[1])
         note = f"{found[0].upper()}{found[1:].rstrip('.')}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -14,9 +14,10 @@ from phirt.devices.memory import read_memory
 from phirt.devices.names import DeviceName
 from phirt.dispatch.candidates import check_backend, check_offered, machine_for
 from phirt.dispatch.fit import check_pair_fit
+from phirt.dispatch.measurements import WORKLOADS
 from phirt.dispatch.pair import choose_pair, join_plans
 from phirt.dispatch.plan import PlanRequest
-from phirt.dispatch.select import PlanLoader, Selection
+from phirt.dispatch.select import PlanLoader, Selection, without_wrong
 from phirt.errors import BackendError, DeviceError, UnsupportedModelError
 from phirt.loading import FolderFinder, explain_removal, try_first
 from phirt.models.folder import ModelFolder
@@ -35,12 +36,10 @@ class Part:
     Attributes:
         backend: Name of the backend.
         device: Device name.
-        precision: That of its form of the model; None for the one that was asked for.
     """
 
     backend: str
     device: str
-    precision: str | None = None
 
 
 def check_pair(
@@ -153,7 +152,7 @@ def preparer(
             model=name_of(model),
             device=part.device,
             backend=part.backend,
-            precision=part.precision or precision,
+            precision=precision,
             optimize=optimize,
         )
         return prepare(
@@ -174,7 +173,6 @@ def load_pair(
     options: LoadOptions,
     *,
     announce: Announce | None,
-    why: str = "as was asked for",
 ) -> tuple[Selection, float]:
     """Load a model on two runtimes.
 
@@ -183,7 +181,6 @@ def load_pair(
         prepare_part: Plans each of the two.
         options: Passed on to both backends.
         announce: As for `phirt.load`.
-        why: As for `join_plans`.
 
     Returns:
         The two as one, and when the load started by `time.perf_counter`, downloads and
@@ -194,12 +191,26 @@ def load_pair(
         PhirtError: As `phirt.load`.
     """
     started = time.perf_counter()
-    sides = [_Side(part, prepare_part, options, announce, started=started) for part in parts]
+    sides = []
+    for part in parts:
+        machine = machine_for(part.backend)
+        check_offered(machine, device=part.device, backend=part.backend)
+        prepared = prepare_part(part, machine)
+        sides.append(_Side(machine, prepared, options, announce, started=started))
+    return _load_sides(sides, why="as was asked for")
+
+
+def _load_sides(
+    sides: Sequence[_Side], *, why: str, prompt: int | None = None
+) -> tuple[Selection, float]:
+    """Load both; a model that does not take a prompt of so many tokens in parts is refused."""
     first, second = (side.prepared.plan.chosen for side in sides)
     if first is not None and second is not None:  # else loading it says why not
         check_pair_fit(first, second, model=sides[0].prepared.plan.model)
     decode = sides[1].load()
     try:
+        if prompt is not None:
+            _check_window(decode.loaded.info.window, prompt)
         prefill = sides[0].load(beside=decode)
         try:
             loaded = PairedModel(prefill.loaded, decode.loaded)
@@ -217,51 +228,65 @@ def load_pair(
 
 
 def load_fastest_pair(
-    prepared: Prepared, prepare_part: Prepare, options: LoadOptions, *, announce: Announce | None
+    prepared: Prepared, options: LoadOptions, *, announce: Announce | None
 ) -> tuple[Selection, float] | str:
     """Load the two candidates of a plan that are fastest together.
 
     Args:
         prepared: The plan.
-        prepare_part: As for `load_pair`, and so are the others.
         options: Passed on to both backends.
         announce: Called before a download.
 
     Returns:
         As `load_pair`; or why one of them alone is better, or the two could not be loaded.
     """
-    choice = choose_pair(prepared.plan)
+    started, plan = time.perf_counter(), without_wrong(prepared.plan, prepared.machine)
+    choice = choose_pair(plan)
     if isinstance(choice, str):
         return choice
-    first, second = (
-        Part(each.backend, each.device, each.artifact.precision if each.artifact else None)
-        for each in (choice.prefill, choice.decode)
-    )
-    try:
-        return load_pair(
-            (first, second), prepare_part, options, announce=announce, why=choice.reason
+    # Each as it was measured, or not at all: of other candidates nothing was predicted. Neither
+    # was named, so that one that computes wrong numbers is refused.
+    sides = [
+        _Side(
+            prepared.machine,
+            replace(prepared, plan=replace(plan, candidates=(replace(each, status="chosen"),))),
+            options,
+            announce,
+            started=started,
         )
+        for each in (choice.prefill, choice.decode)
+    ]
+    try:
+        prompt = WORKLOADS[plan.optimize].prompt
+        return _load_sides(sides, why=choice.reason, prompt=prompt)
     except (BackendError, DeviceError, UnsupportedModelError) as error:
         return f"no pair was taken: {error}"
 
 
 class _Side:
-    """One of the two, on its way."""
+    """One of the two, on its way.
+
+    Args:
+        machine: The record that its plan was made of.
+        prepared: The plan.
+        options: Passed on to its backend.
+        announce: Called before a download.
+        started: When the load started.
+    """
 
     def __init__(
         self,
-        part: Part,
-        prepare_part: Prepare,
+        machine: Machine,
+        prepared: Prepared,
         options: LoadOptions,
         announce: Announce | None,
         *,
         started: float,
     ) -> None:
-        self._machine = machine_for(part.backend)
-        check_offered(self._machine, device=part.device, backend=part.backend)
+        self._machine = machine
         self._options = options
-        self.prepared = prepare_part(part, self._machine)
-        self._finder = FolderFinder(self.prepared, announce, started=started)
+        self.prepared = prepared
+        self._finder = FolderFinder(prepared, announce, started=started)
 
     @property
     def started(self) -> float:
@@ -285,6 +310,18 @@ class _Side:
         )
         with explain_removal(find_folder.located):
             return loader.load(self.prepared.plan)
+
+
+def _check_window(window: int | None, prompt: int) -> None:
+    """Refuse two runtimes for a prompt that one would run most of.
+
+    Raises:
+        UnsupportedModelError: It goes beyond the model's window.
+    """
+    if window is not None and window <= prompt:
+        raise UnsupportedModelError(
+            f"beyond the model's window of {window} tokens one runtime does all of a prompt"
+        )
 
 
 def _check_one_source(prefill: ModelFolder, decode: ModelFolder) -> None:

@@ -6,6 +6,7 @@ import re
 import shutil
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from phirt.backends.paired import PairedModel
 from phirt.build.convert import convert
 from phirt.devices.hardware import hardware_id
 from phirt.devices.machine import Memory
+from phirt.dispatch import canary, select
 from phirt.dispatch.candidates import machine_for
 from phirt.dispatch.fit import check_pair_fit
 from phirt.dispatch.measurements import Measurement, Measurements, Point, Setting
@@ -30,6 +32,7 @@ from phirt.errors import (
     UnsupportedModelError,
 )
 from phirt.pairing import Part, check_pair
+from phirt.testing import write_tiny_checkpoint
 from phirt.testing.subject import empty_folder, random_ids
 from tests.faulty import FaultyModel
 from tests.installed import require
@@ -207,13 +210,14 @@ class TestChoice:
         ("candidates", "optimize", "why"),
         [
             ([FAST_DECODE, timed("a", "int8", 3.9, 8)], "latency", "6 s are predicted for onnx"),
-            ([FAST_DECODE], "latency", "fewer than two were measured .phirt tune m"),
+            ([FAST_DECODE], "latency", "fewer than two .* were measured .phirt tune m"),
             ([FAST_DECODE, replace(FAST_PREFILL, speed=None)], "latency", "fewer than two"),
             ([FAST_DECODE, replace(FAST_PREFILL, status="rejected")], "latency", "fewer than two"),
             ([FAST_DECODE, replace(FAST_PREFILL, device="gpu")], "latency", "fewer than two"),
             ([FAST_DECODE, FAST_PREFILL], "throughput", "share no batch"),
-            ([FAST_DECODE, timed("a", "int4", 1, 8, kl=0.02)], "latency", "12 s for the best two"),
-            ([FAST_DECODE, timed("a", "int4", 1, 8, kl=None)], "latency", "12 s for the best two"),
+            ([FAST_DECODE, timed("a", "int4", 1, 8, kl=0.02)], "latency", "fewer than two"),
+            ([FAST_DECODE, timed("a", "int4", 1, 8, kl=None)], "latency", "fewer than two"),
+            ([FAST_DECODE, timed("onnxruntime-genai", "int8", 1, 8)], "latency", "fewer than two"),
             (
                 [FAST_DECODE, timed("a", "int8", 1, 8, total=950_000_000)],
                 "latency",
@@ -225,6 +229,16 @@ class TestChoice:
         found = choose_pair(plan_of(*candidates, optimize=optimize))
         assert isinstance(found, str)
         assert re.search(why, found)
+
+    def test_what_loses_more_is_taken_where_it_was_named_and_for_no_prompt(self):
+        coarse = timed("onnxruntime", "int4", 5, 1, kl=0.15)
+        plan = plan_of(replace(self.FAST_DECODE, status="chosen"), coarse, self.FAST_PREFILL)
+        choice = choose_pair(plan)
+        assert isinstance(choice, PairChoice)
+        assert choice.decode.artifact == self.FAST_DECODE.artifact
+        named = choose_pair(replace(plan, precision="int4"))
+        assert isinstance(named, PairChoice)
+        assert (named.prefill, named.decode) == (self.FAST_PREFILL, coarse)
 
     def test_a_device_of_its_own_goes_before_two_on_the_cpu(self):
         gpu = replace(candidate("openvino", "gpu"), status="chosen")
@@ -274,9 +288,11 @@ def measured(tiny_gguf, own_machine_dir):
     """``measured(prefill_s, decode_s, backend)``: notes a speed, as `phirt.tune` does."""
     require("openvino", "onnxruntime")
 
-    def note(backend, prefill_s, decode_s):
-        with phirt.load(tiny_gguf, backend=backend, device="cpu", precision="fp32") as model:
-            chosen = model.plan.chosen
+    def note(backend, prefill_s, decode_s, model=tiny_gguf):
+        is_built = Path(model).is_dir() and (Path(model) / "genai_config.json").exists()
+        precision = "auto" if is_built else "fp32"
+        with phirt.load(model, backend=backend, device="cpu", precision=precision) as loaded:
+            chosen = loaded.plan.chosen
         assert chosen is not None
         assert chosen.artifact is not None
         assert chosen.artifact.id is not None
@@ -323,6 +339,41 @@ class TestAuto:
             assert "+" not in model.backend
             assert any("phirt tune" in note for note in model.plan.notes)
 
+    def test_a_folder_that_both_read(self, tiny_gguf, measured, tmp_path):
+        with phirt.load(tiny_gguf, backend="onnxruntime", precision="fp32") as model:
+            folder = shutil.copytree(model.path, tmp_path / "built")
+        measured("openvino", 1, 1, folder)
+        measured("onnxruntime", 9, 0.01, folder)
+        with phirt.load(folder, prefill="auto", decode="auto") as model:
+            assert model.backend == "openvino+onnxruntime"
+            chosen = model.plan.chosen
+            assert chosen is not None
+            assert "openvino on cpu (onnx-genai fp32)" in chosen.reason
+
+    def test_a_window_that_the_prompt_exceeds(self, tmp_path, measured):
+        checkpoint = write_tiny_checkpoint(tmp_path / "mistral", "mistral")
+        measured("openvino", 1, 1, checkpoint)
+        measured("onnxruntime", 9, 0.01, checkpoint)
+        with phirt.load(checkpoint, prefill="auto", decode="auto", precision="fp32") as model:
+            assert "+" not in model.backend
+            assert any("window of 16 tokens" in note for note in model.plan.notes)
+
+    def test_what_computes_wrong_numbers_is_not_taken(self, tiny_gguf, measured, monkeypatch):
+        measured("openvino", 1, 1)
+        measured("onnxruntime", 9, 0.01)
+        check = canary.check_loaded
+
+        def judge(loaded, folder, place, **rest):
+            found = check(loaded, folder, place, **rest)
+            if place.backend != "openvino":
+                return found
+            return replace(found, status="failed", reason="it is far off")
+
+        monkeypatch.setattr(select, "check_loaded", judge)
+        with self.load(tiny_gguf) as model:
+            assert model.backend == "onnxruntime"
+            assert any("wrong numbers" in note for note in model.plan.notes)
+
     def test_a_pair_that_fails(self, tiny_gguf, measured, monkeypatch):
         measured("openvino", 1, 1)
         measured("onnxruntime", 9, 0.01)
@@ -330,7 +381,7 @@ class TestAuto:
         def fail(*_, **__):
             raise UnsupportedModelError("They cannot.")
 
-        monkeypatch.setattr(pairing, "load_pair", fail)
+        monkeypatch.setattr(pairing, "_load_sides", fail)
         with self.load(tiny_gguf) as model:
             assert "+" not in model.backend
             assert "No pair was taken: They cannot." in model.plan.notes

@@ -76,7 +76,8 @@ def _add_run(commands: argparse._SubParsersAction[_Parser]) -> None:
     where.add_argument(
         "--prefill",
         metavar="BACKEND",
-        help="with --decode: the backend, or BACKEND:DEVICE, that runs the long parts of prompts",
+        help="with --decode: the backend, or BACKEND:DEVICE, that runs the long parts of prompts; "
+        "auto for both takes what phirt tune found",
     )
     where.add_argument(
         "--decode", metavar="BACKEND", help="with --prefill: the one that runs everything else"

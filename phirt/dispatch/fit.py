@@ -73,7 +73,8 @@ def predict_memory(
     kept = max(0, round(weights_bytes * factor) + tables)
     own = 2 if precision in _HALF and not on_host else 4
     element = KV_PRECISIONS.get(kv_precision, own)
-    kv = element * shape.kv_values * context
+    overhead = held.quantized_kv if kv_precision == "int8" else 1.0
+    kv = round(element * overhead * shape.kv_values * context)
     work = _workspace(held, shape, context) + (_copies(held, context) - 1) * kv
     tokenizer = TOKENIZER * shape.vocab_size
     if not on_host:

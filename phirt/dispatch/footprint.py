@@ -36,6 +36,7 @@ class Footprint:
         packs_head: Whether the LM head is there twice while it is being packed.
         chunk: Most tokens of a prompt that it runs at once.
         cache_copies: Bytes for each byte of a cache that more than one chunk has made.
+        quantized_kv: Bytes of a cache of 8 bits for each key or value, with what scales them.
         activations: Bytes of workspace for each byte of a chunk's activations.
         logits_copies: Copies of a chunk's logits, where they are computed at every position:
             of a prompt of one chunk, and of more.
@@ -51,6 +52,7 @@ class Footprint:
     packs_head: bool = False
     chunk: int = 512
     cache_copies: int = 1
+    quantized_kv: float = 1.0
     activations: float
     logits_copies: tuple[int, int] = (0, 0)
     smaller: tuple[str, ...] = ()
@@ -112,6 +114,7 @@ _MLX = Footprint(
     kept={"fp32": 1.0, "fp16": 2.0, "bf16": 2.0, "": 1.0},
     loading={"fp32": 2.0, "fp16": 3.0, "bf16": 3.0, "": 2.0},
     untied_tables=0,
+    quantized_kv=1.25,  # scale and offset of 32 values, in float32
     activations=2.7,
 )
 # Of a backend that was not measured, from above.

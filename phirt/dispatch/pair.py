@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from itertools import permutations
 
 from phirt.dispatch.measurements import WORKLOADS
 from phirt.dispatch.plan import MemoryNeed, Plan, PlanCandidate
+from phirt.dispatch.ranking import KL_TOLERANCE
 
 __all__ = ["PairChoice", "choose_pair", "join_plans"]
 
@@ -16,6 +18,8 @@ __all__ = ["PairChoice", "choose_pair", "join_plans"]
 _HAND_OVER_S = 40e-6 / 46_080
 # A pair holds the weights twice: for less than this it is not taken.
 _GAIN = 0.95
+# Backends that cannot hand a cache over, which is known without loading a model.
+_NO_HAND_OVER = ("onnxruntime-genai",)
 # Mean KL divergence, in nats, that the prompt's weights may be from their source where the
 # answer's are nearer.
 _MOST_KL = 0.01
@@ -51,8 +55,16 @@ def choose_pair(plan: Plan) -> PairChoice | str:
         return f"no pair was looked for: {first.described} goes before the CPU"
     usable = [each for each in plan.candidates if each.status != "rejected"]
     timed = [each for each in usable if each.speed and each.device == "cpu" and _is_here(each)]
+    if plan.precision == "auto":
+        # What a load of one runtime would not take before others is not taken by halves either.
+        nearest = min(map(_distance, timed), default=0.0)
+        timed = [each for each in timed if _distance(each) <= nearest + KL_TOLERANCE]
+    timed = [each for each in timed if each.backend not in _NO_HAND_OVER]
     if len(timed) < 2:
-        return f"no pair was looked for: fewer than two were measured (phirt tune {plan.model})"
+        return (
+            "no pair was looked for: fewer than two that could share a generation were measured "
+            f"(phirt tune {plan.model})"
+        )
     prompt = WORKLOADS[plan.optimize].prompt
 
     def seconds(pair: tuple[PlanCandidate, PlanCandidate]) -> float:
@@ -66,7 +78,7 @@ def choose_pair(plan: Plan) -> PairChoice | str:
 
     pairs = [pair for pair in permutations(timed, 2) if _keeps_quality(*pair) and _fit(*pair)]
     best = min(pairs, key=seconds, default=None)
-    alone = min(timed, key=_alone)
+    alone = first if first is not None and first.speed else min(timed, key=_alone)
     if best is None:
         return "no pair was taken: none fits into memory beside the other, or loses too much"
     by_one = f"{_alone(alone):.3g} s are predicted for {_described(alone)} alone"
@@ -84,12 +96,16 @@ def _is_here(candidate: PlanCandidate) -> bool:
     return candidate.artifact is not None and candidate.artifact.state == "here"
 
 
+def _distance(candidate: PlanCandidate) -> float:
+    """KL divergence of its weights from their source, in nats; of one that nobody measured, any."""
+    kl = None if candidate.artifact is None else candidate.artifact.kl
+    return math.inf if kl is None else kl
+
+
 def _keeps_quality(prefill: PlanCandidate, decode: PlanCandidate) -> bool:
     """Whether the prompt's weights are near their source, or as near as the answer's."""
-    first, second = prefill.artifact, decode.artifact
-    if first is None or second is None or first.kl is None:
-        return False
-    return first.kl <= max(_MOST_KL, second.kl or 0.0)
+    distance = _distance(prefill)
+    return distance < math.inf and distance <= max(_MOST_KL, _distance(decode))
 
 
 def _fit(prefill: PlanCandidate, decode: PlanCandidate) -> bool:

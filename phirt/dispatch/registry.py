@@ -53,7 +53,7 @@ _KV_PRECISIONS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "onnxruntime": {"fp32": ("cpu",), "int8": ("cpu",)},
     "openvino": {"fp32": ("cpu",), "fp16": ("cpu",), "int8": ("cpu",)},
     "onnxruntime-genai": {},
-    "mlx": {"fp32": ("cpu",), "int8": ("cpu", "metal")},
+    "mlx": {"fp32": ("cpu",), "int8": ("cpu",)},
     "transformers": {},
     "reference": {},
 }

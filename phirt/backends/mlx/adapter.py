@@ -70,7 +70,7 @@ class MlxBackend:
     name: ClassVar[str] = _NAME
     formats: ClassVar[tuple[str, ...]] = _FORMATS
     kv_precisions: ClassVar[Mapping[str, tuple[str, ...]]] = MappingProxyType(
-        {"fp32": ("cpu",), "int8": ("cpu", "metal")}
+        {"fp32": ("cpu",), "int8": ("cpu",)}
     )
 
     def probe(self) -> list[Availability]:
