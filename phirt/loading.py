@@ -77,7 +77,7 @@ def load(
             machine that does nothing else, False on a busy one; None for what was measured
             best, or else a brief spin, which costs little on either.
         pinning: Whether worker threads are bound to a processor each, on onnxruntime and
-            OpenVINO; None for what was measured best, or else as docs/tuning.md says.
+            OpenVINO; None for what was measured best, or else as their pages say.
         kv_precision: How keys and values are kept: ``"fp32"``, ``"fp16"`` or ``"int8"``, on the
             backends that can; ``"auto"`` is what a backend does by itself. See
             docs/kv-precision.md.

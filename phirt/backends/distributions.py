@@ -76,8 +76,6 @@ def check_single_owner(module: str, *, backend: str) -> None:
     for folder, owners in _owners_on_path(path_state(), module):
         if len(owners) > 1:
             raise _refusal(Conflict(module=module, folder=folder, owners=owners), backend)
-        if owners or (folder / module).is_dir():
-            return  # The first entry that holds the package is the one that is imported.
 
 
 PathState: TypeAlias = tuple[tuple[str, int], ...]

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from phirt.errors import ModelFormatError
 from phirt.models.remembered import Remembered
-from phirt.models.safe_json import JsonFields, parse_json, read_bytes
+from phirt.models.safe_json import JsonFields, parse_versioned, read_bytes
 from phirt.types import FloatArray, IntArray
 
 __all__ = [
@@ -226,14 +226,7 @@ _OWN_KLS: Remembered[tuple[float | None]] = Remembered()
 
 
 def _fields(data: bytes, path: Path) -> JsonFields:
-    fields = JsonFields(parse_json(data, source=str(path)), source=str(path))
-    version = fields.integer("format_version", minimum=1, maximum=1 << 31)
-    if version > _FORMAT_VERSION:
-        raise ModelFormatError(
-            f"{path} is of format {version}; this phirt reads up to {_FORMAT_VERSION}. "
-            "Upgrade phirt, or remove the folder and install the model again."
-        )
-    return fields
+    return parse_versioned(data, path, newest=_FORMAT_VERSION)
 
 
 def _own_kl(fields: JsonFields) -> float | None:

@@ -19,7 +19,7 @@ from phirt.models.hashing import sha256_of
 from phirt.models.kill_points import kill_point
 from phirt.models.paths import plain_name_fault
 from phirt.models.remembered import Remembered
-from phirt.models.safe_json import MAX_JSON_BYTES, JsonFields, parse_json, read_bytes
+from phirt.models.safe_json import MAX_JSON_BYTES, parse_versioned, read_bytes
 from phirt.models.templates import read_chat_template, template_id
 
 __all__ = [
@@ -206,13 +206,8 @@ _KNOWN: Remembered[Manifest] = Remembered()
 
 
 def _parse(data: bytes, path: Path) -> Manifest:
-    fields = JsonFields(parse_json(data, source=str(path)), source=str(path))
-    version = fields.integer("format_version", minimum=1, maximum=1 << 31)
-    if version > _FORMAT_VERSION:
-        raise ModelFormatError(
-            f"{path} is of format {version}; this phirt reads up to {_FORMAT_VERSION}. "
-            "Upgrade phirt, or remove the folder and install the model again."
-        )
+    fields = parse_versioned(data, path, newest=_FORMAT_VERSION)
+    version = fields.integer("format_version", minimum=1, maximum=_FORMAT_VERSION)
     return Manifest(
         weights_id=fields.string("weights_id", max_length=200),
         architecture=fields.string("architecture", max_length=100),

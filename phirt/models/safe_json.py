@@ -18,7 +18,14 @@ from typing import Any, NoReturn
 
 from phirt.errors import ModelFormatError, ModelNotFoundError
 
-__all__ = ["MAX_JSON_BYTES", "JsonFields", "parse_json", "read_bytes", "read_json"]
+__all__ = [
+    "MAX_JSON_BYTES",
+    "JsonFields",
+    "parse_json",
+    "parse_versioned",
+    "read_bytes",
+    "read_json",
+]
 
 # The largest file seen with a real model (a tokenizer_config.json that lists 260,000 tokens)
 # is a tenth of that.
@@ -105,6 +112,27 @@ def parse_json(data: bytes, *, source: str) -> dict[str, Any]:
         found = type(value).__name__
         raise ModelFormatError(f"{source} must hold a JSON object; it holds a {found}.")
     return value
+
+
+def parse_versioned(data: bytes, path: Path, *, newest: int) -> JsonFields:
+    """Parse a JSON object of phirt's own, which says in ``format_version`` what it is.
+
+    Args:
+        data: The text, UTF-8.
+        path: The file that it is of, in a model folder.
+        newest: The latest format that is read.
+
+    Raises:
+        ModelFormatError: As `parse_json`, or it is of a newer format.
+    """
+    fields = JsonFields(parse_json(data, source=str(path)), source=str(path))
+    version = fields.integer("format_version", minimum=1, maximum=1 << 31)
+    if version > newest:
+        raise ModelFormatError(
+            f"{path} is of format {version}; this phirt reads up to {newest}. Upgrade phirt, or "
+            "remove the folder and install the model again."
+        )
+    return fields
 
 
 def _check_depth(text: str) -> None:

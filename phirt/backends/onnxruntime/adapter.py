@@ -152,10 +152,10 @@ def _with_quantized_cache(
         )
     check_version(ort)
     graph, names = path.read_bytes(), cache_inputs(folder)
-    # Whether it can be done is known before anything is run.
-    quantized_graph(graph, dict.fromkeys(names, np.ones((1, 1, 1), np.float32)))
     ranges = kept_ranges(folder, _info_of(folder, nodes, vocab_size=folder.facts.vocab_size))
     if ranges is None:
+        # Whether it can be done is known before anything is run.
+        quantized_graph(graph, dict.fromkeys(names, np.ones((1, 1, 1), np.float32)))
         # Products in floats: this is one long prompt, and nothing is decoded.
         plain = replace(settings, float_prefill_from=None, kv_precision=None)
         model = OrtModel(ort, folder, provider, device, plain, graph=float_graph(graph))

@@ -49,16 +49,15 @@ _FORMATS = ("openvino", "onnx-genai", "onnx")
 # phirt's names of devices, and OpenVINO's.
 _KINDS = {"cpu": "CPU", "gpu": "GPU", "npu": "NPU", "openvino-auto": "AUTO"}
 
+_KV_PRECISION = "KV_CACHE_PRECISION"
 # Left alone, the CPU plugin computes in bfloat16 where the processor can, keeps keys and values
 # in 8 bits, and pins its threads to cores, where they wait for whatever else runs on those.
 # docs/backends/openvino.md has what each costs.
-_KV_PRECISION = "KV_CACHE_PRECISION"
 _CPU_PROPERTIES = {
     "INFERENCE_PRECISION_HINT": "f32",
     _KV_PRECISION: "f32",
     "ENABLE_CPU_PINNING": False,
 }
-
 
 _KV_TYPES = {"fp32": "f32", "fp16": "f16", "int8": "u8"}
 
